@@ -1,0 +1,36 @@
+"""The mathematics of Kimi Delta Attention in NumPy float64: the definition, its other forms, its gradients, its costs."""
+
+from kda_spec.gates import (
+    beta_sigmoid,
+    beta_sigmoid_backward,
+    l2norm,
+    l2norm_backward,
+    lower_bound_gate,
+    lower_bound_gate_backward,
+    softplus_gate,
+    softplus_gate_backward,
+)
+from kda_spec.gradients import gradients
+from kda_spec.recurrent import constrained_dplr, general_dplr, kda, recurrent
+from kda_spec.types import Gradients, Inputs, Outputs, Sizes, check_domain
+
+__all__ = [
+    "Gradients",
+    "Inputs",
+    "Outputs",
+    "Sizes",
+    "beta_sigmoid",
+    "beta_sigmoid_backward",
+    "check_domain",
+    "constrained_dplr",
+    "general_dplr",
+    "gradients",
+    "kda",
+    "l2norm",
+    "l2norm_backward",
+    "lower_bound_gate",
+    "lower_bound_gate_backward",
+    "recurrent",
+    "softplus_gate",
+    "softplus_gate_backward",
+]
