@@ -9,7 +9,7 @@ BASE := $(VENV)/.installed-base
 TEST := $(VENV)/.installed-test
 PEERS := $(VENV)/.installed-peers
 
-# One thread per worker: two workers with torch's default thread count fight over the cores.
+# One thread per worker: two workers with torch's default count of threads fight over the cores.
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
@@ -22,24 +22,18 @@ help: ## list the targets
 	    printf '  %-10s %s\n' "$$name" "$$text"; done
 
 verify: $(BASE) ## install, then judge the implementations: python -m verify $(ARGS)
-	@echo "== python -m verify $(ARGS)"
-	@$(BIN)/python -m verify $(ARGS)
+	$(BIN)/python -m verify $(ARGS)
 
 test: $(TEST) ## install, then ruff and the first tier of tests: pytest $(ARGS)
-	@echo "== ruff check"
-	@$(BIN)/ruff check .
-	@echo "== pytest -n 2 $(ARGS)"
-	@$(PYTEST) -n 2 $(ARGS)
+	$(BIN)/ruff check .
+	$(PYTEST) -n 2 $(ARGS)
 
 test-all: $(TEST) ## like test, with the slow tier
-	@echo "== ruff check"
-	@$(BIN)/ruff check .
-	@echo "== pytest -n 2 -m '' $(ARGS)"
-	@$(PYTEST) -n 2 -m "" $(ARGS)
+	$(BIN)/ruff check .
+	$(PYTEST) -n 2 -m "" $(ARGS)
 
 bench: $(TEST) ## time the operations with pytest-benchmark
-	@echo "== pytest tests/benchmarks $(ARGS)"
-	@$(PYTEST) tests/benchmarks -m "" --benchmark-enable --benchmark-only $(ARGS)
+	$(PYTEST) tests/benchmarks -m "" --benchmark-enable --benchmark-only $(ARGS)
 
 peers: $(PEERS) ## install other people's implementations next to ours
 	@echo "== peers are installed in $(VENV)"
@@ -57,7 +51,7 @@ $(BASE) $(TEST) $(PEERS): pyproject.toml constraints.txt $(BIN)/python
 	@echo "== installing kda-forge$(EXTRA) into $(VENV)"
 	@$(BIN)/python -m ensurepip >/dev/null 2>&1 || { \
 	    echo "$(PYTHON) has no ensurepip (Debian, Ubuntu: apt install python3-venv), or name another with PYTHON=" >&2; exit 1; }
-	@quiet=$$(test -t 1 || echo -q); $(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt \
+	@quiet=$$(test -t 1 || echo -qq); $(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e ".$(EXTRA)"
 	@touch $(BASE) $@
 
