@@ -1,7 +1,7 @@
 # Needs python3 (3.11 or newer) and make; everything else goes into .venv.
 PYTHON ?= python3
 TORCH_INDEX ?=
-ARGS ?=
+ARGS =
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -57,7 +57,7 @@ $(BASE) $(TEST) $(PEERS): pyproject.toml constraints.txt $(BIN)/python
 
 # pip comes with the installation above, so that an interruption here or there is mended by the same step.
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    echo "Python 3.11 or newer is needed; PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
 	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear --without-pip $(VENV)
