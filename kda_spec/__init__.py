@@ -1,4 +1,4 @@
-"""The mathematics of Kimi Delta Attention in NumPy float64: the definition, its other forms, its gradients, its costs."""
+"""The mathematics of Kimi Delta Attention in NumPy float64: definition, other forms, family, gradients, costs."""
 
 from kda_spec.gates import (
     beta_sigmoid,

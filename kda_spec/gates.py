@@ -29,10 +29,10 @@ def softplus_gate(x, A_log, dt_bias=None) -> np.ndarray:
 
 
 def softplus_gate_backward(dg, x, A_log, dt_bias=None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return (dx, dA_log, ddt_bias) of `softplus_gate`, each in the shape of its input, ddt_bias None for no dt_bias.
+    """Return (dx, dA_log, ddt_bias) of `softplus_gate`, ddt_bias None for no dt_bias.
 
-    dx = -dg * exp(A_log) * sigmoid(x + dt_bias), dA_log = sum dg * g, ddt_bias = sum dx. A zero dg gives zero, also where
-    the gate is -inf.
+    dx = -dg * exp(A_log) * sigmoid(x + dt_bias), dA_log = sum dg * g, ddt_bias = sum dx. A zero dg gives zero, also
+    where the gate is -inf.
     """
     dg, biased = _same_shape("dg", dg, x), _biased(x, dt_bias)
     g = softplus_gate(x, A_log, dt_bias)

@@ -12,7 +12,7 @@ Backward, with D_t the gradient that reaches S_t from o_t and from everything la
     dbeta_t  = k_t^T D_t e_t
     dk_t     = beta_t D_t e_t - S~_t de_t
     dS~_t    = D_t - k_t de_t^T
-    dg_t     = rowsum(dS~_t * S~_t)                  since d alpha = alpha * dg: for g = -inf S~ is 0 already, so dg is 0
+    dg_t     = rowsum(dS~_t * S~_t)                  as d alpha = alpha dg; for g = -inf S~ is 0, so dg is 0
     R_{t-1}  = Diag(alpha_t) dS~_t                   dS_0 = R_0
 """
 
@@ -62,7 +62,7 @@ def _sum_groups(x: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _adjoint(q, k, v, g, beta, S0, scale, do, dS_T) -> tuple[np.ndarray, ...]:
-    """Return dq, dk, dv, dg, dbeta, dS0 of one run; rows [..., T, K] or [..., T, V], beta [..., T], states [..., K, V]."""
+    """Return dq, dk, dv, dg, dbeta, dS0 of one run; rows [..., T, K or V], beta [..., T], states [..., K, V]."""
     alpha = np.exp(g)
     starts = range(0, q.shape[-2], SEGMENT)
     segments = [tuple(x[..., i : i + SEGMENT, :] for x in (q, k, v, alpha, beta[..., None], do)) for i in starts]
@@ -104,7 +104,7 @@ def _reverse(q, k, alpha, beta, do, scale, R) -> tuple[np.ndarray, np.ndarray, n
 
 
 def _segment_adjoint(q, k, v, alpha, beta, do, S, scale, R) -> tuple[np.ndarray, ...]:
-    """Return dq, dk, dv, dg, dbeta [..., T, 1] of one segment and R before it, given the state before and R after it."""
+    """Return dq, dk, dv, dg, dbeta [..., T, 1] and R before a segment, given the state before and R after it."""
     decayed, e, _ = _forward(k, v, alpha, beta, S)
     D, de, R = _reverse(q, k, alpha, beta, do, scale, R)
     D_e = _apply(D, e)

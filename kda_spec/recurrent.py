@@ -57,8 +57,8 @@ def kda(q, k, v, g, beta, S0=None, scale=None) -> tuple[np.ndarray, np.ndarray]:
         o_t  = scale * S_t^T q_t                            read
 
     q, k, g [..., T, K] (g natural log, <= 0), v [..., T, V], beta [..., T], S0 [..., K, V] or None for zeros,
-    scale None for K**-0.5. Returns o [..., T, V] and the state after the last token [..., K, V], a copy of S0 when T = 0.
-    Raises ValueError for shapes that do not fit.
+    scale None for K**-0.5. Returns o [..., T, V] and the state after the last token [..., K, V], a copy of S0 when
+    T = 0. Raises ValueError for shapes that do not fit.
     """
     beta = _coefficients(beta, np.asarray(k))
     rows = _rows(q=q, k=k, g=g, beta_k=beta * k)

@@ -5,7 +5,7 @@ The domain of every argument (`check_domain` enforces it; shapes are enforced wh
     q              finite
     k              finite
     v              finite
-    g              in [-inf, 0]: natural logarithm of the decay of one token and channel, never cumulated; -inf forgets all
+    g              in [-inf, 0]: natural logarithm of the decay of one token and channel, never cumulated; -inf forgets
     beta           0 <= beta * ||k||^2 <= 2: inside it every transition is a contraction, ||A_t|| <= max exp(g_t)
     scale          finite
     initial_state  finite
@@ -41,9 +41,9 @@ class Sizes:
 class Inputs:
     """Hold the arguments of one KDA call in the layout of the field, as float64 arrays.
 
-    q, k [B, T, H, K], v [B, T, HV, V], g [B, T, HV, K] (natural log, <= 0), beta [B, T, HV], initial_state [N, HV, K, V].
-    Value head h reads query/key head h // (HV // H). `scale` None means K**-0.5. `cu_seqlens` (N + 1 offsets from 0 to T,
-    B == 1) cuts the tokens into N sequences; without it N == B.
+    q, k [B, T, H, K], v [B, T, HV, V], g [B, T, HV, K] (natural log, <= 0), beta [B, T, HV],
+    initial_state [N, HV, K, V]. Value head h reads query/key head h // (HV // H). `scale` None means K**-0.5.
+    `cu_seqlens` (N + 1 offsets from 0 to T, B == 1) cuts the tokens into N sequences; without it N == B.
 
     Raises ValueError, naming the argument, for shapes and offsets that do not fit.
     """
@@ -90,7 +90,7 @@ class Inputs:
             yield from ((0, slice(start, end), n) for n, (start, end) in enumerate(bounds))
 
     def runs(self) -> Iterator[tuple[slice, slice, slice]]:
-        """Yield (batch slice, token slice, state slice) for every group of sequences of one length that can run together."""
+        """Yield (batch slice, token slice, state slice) of the sequences that can run together, of one length each."""
         if self.cu_seqlens is None:
             B, T = self.q.shape[:2]
             yield slice(0, B), slice(0, T), slice(0, B)
@@ -98,7 +98,7 @@ class Inputs:
             yield from ((slice(0, 1), tokens, slice(n, n + 1)) for _, tokens, n in self.sequences())
 
     def heads_first(self, batch: slice, tokens: slice) -> tuple[np.ndarray, ...]:
-        """Return q, k, v, g, beta of one run as [B, HV, T, ...], with query/key heads repeated for their value heads."""
+        """Return q, k, v, g, beta of one run as [B, HV, T, ...], query/key heads repeated for their value heads."""
         group = self.sizes.HV // self.sizes.H
         q, k, v, g, beta = (x[batch, tokens].swapaxes(1, 2) for x in (self.q, self.k, self.v, self.g, self.beta))
         return np.repeat(q, group, axis=1), np.repeat(k, group, axis=1), v, g, beta
@@ -114,7 +114,7 @@ class Outputs:
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Hold the gradients of a scalar loss, float64, each in the shape of its input; initial_state is always [N, HV, K, V]."""
+    """Hold the gradients of a scalar loss, float64, shaped like the inputs; initial_state is never None."""
 
     q: np.ndarray
     k: np.ndarray
