@@ -1,0 +1,123 @@
+"""Register an implementation as torch custom ops: an opaque forward, an opaque hand-written backward, shapes for both.
+
+Autograd does not work inside a custom op, and written inside `register_autograd` the backward would be traced and
+opcheck would report other gradients: so the backward is an op of its own.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from impls.activations import compute_dtype
+
+Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors6 = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def state_shape(q, v, cu_seqlens) -> tuple[int, int, int, int]:
+    """Return [N, HV, K, V], the shape of the states of these inputs."""
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return N, v.shape[2], q.shape[3], v.shape[3]
+
+
+def _kept_states(q, v, cu_seqlens, interval: int):
+    """Return the shape [B, NT, HV, K, V] of the intermediate states; with packing NT depends on values."""
+    N, HV, K, V = state_shape(q, v, cu_seqlens)
+    if cu_seqlens is None:
+        return N, (q.shape[1] + interval - 1) // interval, HV, K, V
+    return 1, torch.library.get_ctx().new_dynamic_size(), HV, K, V
+
+
+def _without_autocast(function: Callable) -> Callable:
+    """Run a function of (q, ...) with autocast off: it would round the operands of the products inside to bfloat16."""
+
+    def run(q, *rest):
+        with torch.autocast(device_type=q.device.type, enabled=False):
+            return function(q, *rest)
+
+    return run
+
+
+def register(name: str, forward: Callable, backward: Callable) -> Callable:
+    """Register `kda_forge::<name>` and `kda_forge::<name>_backward`, and return the first.
+
+    forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch) returns
+    o [B, T, HV, V] in v's dtype, the final state [N, HV, K, V] in float32 (float64 for float64 inputs) and the
+    states [B, NT, HV, K, V] that enter every `state_interval` tokens, in v's dtype; what was not asked for
+    (output_final_state=False, state_interval=0) comes empty. backward(q, k, v, g, beta, initial_state, cu_seqlens,
+    scale, do, dS) returns the gradients of q, k, v, g, beta, and of the initial state (empty where there is none).
+    """
+    forward, backward = _without_autocast(forward), _without_autocast(backward)
+
+    @torch.library.custom_op(f"kda_forge::{name}", mutates_args=())
+    def op(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        initial_state: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        scale: float,
+        output_final_state: bool,
+        state_interval: int,
+        launch: Sequence[int],
+    ) -> Tensors3:
+        return forward(
+            q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch
+        )
+
+    @torch.library.custom_op(f"kda_forge::{name}_backward", mutates_args=())
+    def backward_op(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        initial_state: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        scale: float,
+        do: torch.Tensor | None,
+        dS: torch.Tensor | None,
+    ) -> Tensors6:
+        return backward(q, k, v, g, beta, initial_state, cu_seqlens, scale, do, dS)
+
+    op.register_fake(_fake_forward)
+    op.register_autograd(_differentiate_with(backward_op), setup_context=_save)
+    backward_op.register_fake(_fake_backward)
+    backward_op.register_autograd(_refuse)
+    return op
+
+
+def _fake_forward(
+    q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch
+):
+    state = state_shape(q, v, cu_seqlens) if output_final_state else (0,)
+    kept = _kept_states(q, v, cu_seqlens, state_interval) if state_interval else (0,)
+    return v.new_empty(v.shape), v.new_empty(state, dtype=compute_dtype(v)), v.new_empty(kept)
+
+
+def _fake_backward(q, k, v, g, beta, initial_state, cu_seqlens, scale, do, dS):
+    dS0 = v.new_empty((0,)) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    return (*(x.new_empty(x.shape) for x in (q, k, v, g, beta)), dS0)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, *_ = inputs
+    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens)
+    ctx.set_materialize_grads(False)
+    ctx.scale, ctx.has_final_state = scale, output_final_state
+
+
+def _differentiate_with(backward_op: Callable) -> Callable:
+    def backward(ctx, do, dS, dh):
+        dS = dS if ctx.has_final_state else None
+        *gradients, dS0 = backward_op(*ctx.saved_tensors, ctx.scale, do, dS)
+        dS0 = None if ctx.saved_tensors[5] is None else dS0
+        return (*gradients, dS0, None, None, None, None, None)
+
+    return backward
+
+
+def _refuse(ctx, *gradients):
+    raise NotImplementedError("kda_forge ops are differentiable once: double backward is not supported")
