@@ -12,6 +12,13 @@ PEERS := $(VENV)/.installed-peers
 # One thread per worker: two workers with torch's default count of threads fight over the cores.
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# pip is quiet unless somebody watches.
+INSTALL = $(BIN)/python -m pip install $$(test -t 1 || echo -qq) --disable-pip-version-check -c constraints.txt \
+    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+CHECK_PYTHON = { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+    echo "Python 3.11 or newer is needed; PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }; }
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help verify test test-all bench peers clean
@@ -43,21 +50,22 @@ clean: ## remove .venv, caches and build results
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(TEST): EXTRA = [test]
-$(PEERS): EXTRA = [peers]
+# A stamp stands for a finished installation. The base stamp is away while pip works, so that whatever is interrupted, the
+# next call starts over in an empty $(VENV): pip cannot mend a half-written package.
+$(BASE): pyproject.toml constraints.txt $(BIN)/python
+	@test -e $@ || { $(CHECK_PYTHON) && echo "== creating $(VENV) with $$($(PYTHON) --version)" && $(PYTHON) -m venv --clear $(VENV); }
+	@echo "== installing kda-forge into $(VENV)"
+	@rm -f $@
+	@$(INSTALL) -e .
+	@touch $@
 
-# A stamp is written last: an interrupted installation leaves none and the next call resumes.
-$(BASE) $(TEST) $(PEERS): pyproject.toml constraints.txt $(BIN)/python
-	@echo "== installing kda-forge$(EXTRA) into $(VENV)"
-	@$(BIN)/python -m ensurepip >/dev/null 2>&1 || { \
-	    echo "$(PYTHON) has no ensurepip (Debian, Ubuntu: apt install python3-venv), or name another with PYTHON=" >&2; exit 1; }
-	@quiet=$$(test -t 1 || echo -qq); $(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt \
-	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e ".$(EXTRA)"
-	@touch $(BASE) $@
+$(TEST) $(PEERS): $(VENV)/.installed-%: $(BASE)
+	@echo "== installing kda-forge[$*] into $(VENV)"
+	@mv $(BASE) $(VENV)/.unfinished
+	@$(INSTALL) -e ".[$*]"
+	@mv $(VENV)/.unfinished $(BASE)
+	@touch $@
 
-# pip comes with the installation above, so that an interruption here or there is mended by the same step.
+# No interpreter, or a link to one that is gone: what is installed there serves nobody.
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	    echo "Python 3.11 or newer is needed; PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
-	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv --clear --without-pip $(VENV)
+	@rm -f $(BASE)
