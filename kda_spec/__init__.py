@@ -1,5 +1,8 @@
 """The mathematics of Kimi Delta Attention in NumPy float64: definition, other forms, family, gradients, costs."""
 
+from kda_spec.attention import attention
+from kda_spec.chunkwise import chunkwise
+from kda_spec.family import FAMILY, Dplr, Member, Parameters, Step
 from kda_spec.gates import (
     beta_sigmoid,
     beta_sigmoid_backward,
@@ -15,13 +18,20 @@ from kda_spec.recurrent import constrained_dplr, general_dplr, kda, recurrent
 from kda_spec.types import Gradients, Inputs, Outputs, Sizes, check_domain
 
 __all__ = [
+    "FAMILY",
+    "Dplr",
     "Gradients",
     "Inputs",
+    "Member",
     "Outputs",
+    "Parameters",
     "Sizes",
+    "Step",
+    "attention",
     "beta_sigmoid",
     "beta_sigmoid_backward",
     "check_domain",
+    "chunkwise",
     "constrained_dplr",
     "general_dplr",
     "gradients",

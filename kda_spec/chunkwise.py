@@ -3,14 +3,14 @@
 For one chunk of C tokens with rows Q, K [C, K], V [C, V], the state S before it and Gamma [C, K] the products of decays
 from the start of the chunk up to and including each token:
 
-    W, U  = M (Gamma * K), M V      M = (I + StrictTril(Diag(beta) (Gamma * K)(K / Gamma)^T))^-1 Diag(beta)     (6), (7)
-    S'    = Diag(gamma^C) S + (Gamma^{i->C} * K)^T (U - W S)                gamma^C = last row of Gamma           (8)
-    O     = (Gamma * Q) S + Tril((Gamma * Q)(K / Gamma)^T) (U - W S)        times scale                           (9)
+    W, U  = M (Gamma * K), M V      M = (I + StrictTril(Diag(beta) (Gamma * K)(K / Gamma)^T))^-1 Diag(beta)    (6), (7)
+    S'    = Diag(gamma^C) S + (Gamma^{i->C} * K)^T (U - W S)                gamma^C = last row of Gamma         (8)
+    O     = (Gamma * Q) S + Tril((Gamma * Q)(K / Gamma)^T) (U - W S)        times scale                         (9)
 
 M is applied by forward substitution, row by row, which is equations 4 and 5.
 
-Domain: finite gates, and 1 / Gamma must be representable: the gates of one channel may add up to no less than -SPAN_LIMIT
-within a chunk (equation 9 divides by Gamma). Outside, use the recurrent or the attention form.
+Domain: finite gates, and 1 / Gamma must be representable (equation 9 divides by Gamma): the gates of one channel may add
+up to no less than -SPAN_LIMIT within a chunk. Outside, use the recurrent or the attention form.
 
 Two slips of the paper: the second sum of equation 3 runs to r, not to t; and Listing 8b, taken literally, is another
 function: beta occurs nowhere in it, and its state update (line 29) writes `v_i` where equation 8 has U - W S.
@@ -65,12 +65,12 @@ def _chunk(Q, K, V, g, beta, S) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cumulative_decay(g: np.ndarray) -> np.ndarray:
-    """Return Gamma, the products of exp g so far: a product of decays keeps its last digits, exp of a sum does not."""
+    """Return Gamma, the products of exp g so far: products keep their last digits, the exp of a large sum does not."""
     span = np.sum(g, axis=-2)
     if not np.all(span >= -SPAN_LIMIT):
         raise ValueError(
-            f"g must be finite and add up to at least -{SPAN_LIMIT:g} per channel within a chunk, since the chunkwise form "
-            f"divides by the cumulative decay, got {np.min(span):g} in a chunk of {g.shape[-2]} tokens"
+            f"g must be finite and add up to at least -{SPAN_LIMIT:g} per channel within a chunk (the chunkwise form "
+            f"divides by the cumulative decay), got {np.min(span):g} in a chunk of {g.shape[-2]} tokens"
         )
     return np.cumprod(np.exp(g), axis=-2)
 

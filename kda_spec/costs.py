@@ -1,7 +1,7 @@
 """Count what KDA costs: floating-point operations, bytes that must move, bytes that must be kept.
 
-One multiplication, addition or subtraction is one FLOP, a product of m x k with k x n matrices 2 m k n. Exponentials are
-counted apart. Everything is exact for the algorithm named, nothing is a measurement.
+One multiplication, addition or subtraction is one FLOP, a product of m x k with k x n matrices 2 m k n. Exponentials
+are counted apart. Everything is exact for the algorithm named, nothing is a measurement.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def attention_flops_paper(T: int, d: int) -> int:
 def recurrent_flops(sizes: Sizes) -> Flops:
     """Return the FLOPs of the recurrence, token by token, for pre-activated gates.
 
-    Per token and value head: k^T S~, the read S^T q and the outer product (2 K V each, the last with its addition) count
-    as matmul; decay K V, error V, beta k K and scale q K as elementwise; K exponentials.
+    Per token and value head: k^T S~, the read S^T q and the outer product with its addition (2 K V each) count as
+    matmul; decay K V, error V, beta k K and scale q K as elementwise; K exponentials.
     """
     K, V, rows = sizes.K, sizes.V, sizes.B * sizes.T * sizes.HV
     return Flops(matmul=rows * 6 * K * V, elementwise=rows * (K * V + V + 2 * K), exponentials=rows * K)
@@ -53,7 +53,7 @@ def tree_chunk_flops(sizes: Sizes, chunk_size: int, lengths: Sequence[int] | Non
 
     Per chunk and value head, with the blocks of triangular matrices taken as dense:
 
-        level s = 1, 2, .., C/2   late rows of q and k (s each) times early rows of k, C/2s pairs     2 C s K
+        level s = 1, 2, .., C/2   late rows of q and k times early rows of k, C/2s pairs              2 C s K
                                   inverse: -X_late L X_early, C/2s pairs                              2 C s^2
                                   late q, late k, early k, before, after times decays                 5 C K / 2
                                   beta times the rows of L                                            C s / 2
@@ -64,7 +64,7 @@ def tree_chunk_flops(sizes: Sizes, chunk_size: int, lengths: Sequence[int] | Non
                                   X times diag(beta)                                                  C^2
                                   v - .., sum of the two parts of o; decay and sum of S               2 C V + 2 K V
 
-    The sums over the levels are C - 1 for s, (C^2 - 1) / 3 for s^2, and log2 C levels. `lengths` are those of the packed
+    There are log2 C levels; s adds up to C - 1 over them, s^2 to (C^2 - 1) / 3. `lengths` are those of the packed
     sequences; None means B sequences of T tokens. Raises ValueError for a chunk_size that is no power of two or lengths
     that do not add up to B * T.
     """
@@ -118,17 +118,17 @@ def minimal_backward_bytes(
 
 
 def state_bytes(sizes: Sizes, dtype: str = "float32") -> int:
-    """Return the bytes of the states of N sequences, N HV K V items: constant in T, so KDA's cache grows by 0 a token."""
+    """Return the bytes of the states of N sequences, N HV K V items: constant in T, 0 more per token."""
     return sizes.N * sizes.HV * sizes.K * sizes.V * _itemsize("dtype", dtype)
 
 
 def attention_cache_bytes_per_token(heads: int, K: int, V: int, dtype: str = "bfloat16") -> int:
-    """Return the bytes one token adds to the cache of one full-attention layer: a key and a value per key/value head."""
+    """Return the bytes one token adds to the cache of a full-attention layer: a key and a value per head."""
     return heads * (K + V) * _itemsize("dtype", dtype)
 
 
 def latent_cache_bytes_per_token(latent: int = 512, rope: int = 64, dtype: str = "bfloat16") -> int:
-    """Return the bytes one token adds to the cache of one MLA layer: the latent and the part of the key kept beside it."""
+    """Return the bytes one token adds to the cache of an MLA layer: the latent and the key part beside it."""
     return (latent + rope) * _itemsize("dtype", dtype)
 
 

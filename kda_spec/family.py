@@ -1,31 +1,32 @@
-"""Describe the family of linear attentions (Tables 6 and 7) as members of general DPLR, each with its online objective.
+"""Describe the family of linear attentions (Tables 6 and 7): parameters of general DPLR, online objective, update rule.
 
-    member      S_t                                           objective L(S)                                      step
-    LA          S + k v^T                                     -<S^T k, v>                                         gradient
-    RetNet      alpha S + beta k v^T                          -beta <S^T k, v> + 1/2 ||sqrt(1-alpha) S||^2        gradient
-    Mamba2      alpha_t S + beta k v^T                        as RetNet                                           gradient
-    GLA         Diag(alpha) S + k v^T                         -<S^T k, v> + 1/2 ||sqrt(Diag(1-alpha)) S||^2       gradient
-    HGRN2       Diag(alpha) S + (1-alpha) v^T                 as GLA with k = 1 - alpha                           gradient
-    Longhorn    (I - eps k k^T) S + eps k v^T                 beta/2 ||S^T k - v||^2                              implicit
-    Comba       (alpha - beta k k^^T) S + beta k v^T          beta (d/2 ||S^T k||^2 - <S^T k, v>) + decay         gradient
-    RWKV7       (Diag(alpha) - (b * k^) k^^T) S + k v^T       1/2 ||S^T k^||^2 - <S^T (k/b), v> + decay / b       scaled
-    DeltaNet    (I - beta k k^T) S + beta k v^T               beta/2 ||S^T k - v||^2                              gradient
-    GDN         (I - beta k k^T) alpha S + beta k v^T         beta/2 ||S~^T k - v||^2, S~ = alpha S               decayed
-    KDA         (I - beta k k^T) Diag(alpha) S + beta k v^T   beta/2 ||S~^T k - v||^2, S~ = Diag(alpha) S         decayed
+    member    S_t                                          objective L(S)                                    step
+    LA        S + k v^T                                    -<S^T k, v>                                       gradient
+    RetNet    alpha S + beta k v^T                         -beta <S^T k, v> + 1/2 ||sqrt(1-alpha) S||^2      gradient
+    Mamba2    alpha_t S + beta k v^T                       as RetNet                                         gradient
+    GLA       Diag(alpha) S + k v^T                        -<S^T k, v> + 1/2 ||sqrt(Diag(1-alpha)) S||^2     gradient
+    HGRN2     Diag(alpha) S + (1-alpha) v^T                as GLA with k = 1 - alpha                         gradient
+    Longhorn  (I - eps k k^T) S + eps k v^T                beta/2 ||S^T k - v||^2                            implicit
+    Comba     (alpha - beta k k^^T) S + beta k v^T         beta (d/2 ||S^T k||^2 - <S^T k, v>) + decay       gradient
+    RWKV7     (Diag(alpha) - (b * k^) k^^T) S + k v^T      1/2 ||S^T k^||^2 - <S^T (k/b), v> + decay / b     scaled
+    DeltaNet  (I - beta k k^T) S + beta k v^T              beta/2 ||S^T k - v||^2                            gradient
+    GDN       (I - beta k k^T) alpha S + beta k v^T        beta/2 ||S~^T k - v||^2, S~ = alpha S             decayed
+    KDA       (I - beta k k^T) Diag(alpha) S + beta k v^T  beta/2 ||S~^T k - v||^2, S~ = Diag(alpha) S       decayed
 
 with S = S_{t-1}, alpha = exp g, eps = beta / (1 + beta ||k||^2), and four ways from an objective to its rule (`Step`).
 
 Where the printed tables and the gradient of the printed objective disagree, what stands above is what holds:
 
-* Longhorn: the gradient of the printed objective has beta in both terms, the printed rule eps in the erase and beta in the
-  write. The minimiser of 1/2 ||S - S_{t-1}||^2 + L(S) (the implicit step, Longhorn's own derivation) has eps in both. The
-  printed norm weighs value columns by a vector beta; general DPLR shares one transition among them, so beta is a scalar here.
-* Comba: the printed objective gives k k^T in the erase, the printed rule k k^^T. Such a step has a potential only where k^ is
-  a multiple of k; with k^ = d k (d the feedback) it is the one above, and for d = 1 the printed one up to a constant.
-* RWKV7: the printed objective erases with k~ k~^T and writes with k~, the printed rule erases with (b * k^) k^^T, indexed s
-  and t, and writes with k. That is a gradient step with one learning rate b per channel, in the objective above, b > 0; it
-  falls back to the printed objective where b = 1 and k = k^ = k~.
-* DeltaNet stands in Table 6 only. That table omits beta, and its KDA row decays after the erase where equation 1 decays before.
+* Longhorn: the gradient of the printed objective has beta in both terms, the printed rule eps in the erase and beta in
+  the write. The minimiser of 1/2 ||S - S_{t-1}||^2 + L(S) (the implicit step, Longhorn's own derivation) has eps in
+  both. The printed norm weighs value columns by a vector beta; general DPLR shares one transition among them, so beta
+  is a scalar here.
+* Comba: the printed objective gives k k^T in the erase, the printed rule k k^^T. Such a step has a potential only where
+  k^ is a multiple of k; with k^ = d k (d the feedback) it is the one above, for d = 1 the printed one up to a constant.
+* RWKV7: the printed objective erases with k~ k~^T and writes with k~, the printed rule erases with (b * k^) k^^T,
+  indexed s and t, and writes with k. That is a gradient step with one learning rate b > 0 per channel on the objective
+  above; it falls back to the printed objective, up to a constant, where b = 1 and k = k^ = k~.
+* DeltaNet stands in Table 6 only. That table omits beta, and its KDA row decays after the erase, equation 1 before.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ class Step(Enum):
 class Parameters:
     """Hold the parameters of T tokens, or of one token where the T axis is missing; a member reads those it `uses`.
 
-    v [..., T, V] values; k [..., T, K] keys; g [..., T, K], or [..., T, 1] where all channels share it, natural log decay;
-    beta [..., T] write strength; feedback [..., T] Comba's d with k^ = d k; k_hat, rate [..., T, K] RWKV7's removal key k^
-    and learning rate b.
+    v [..., T, V] values; k [..., T, K] keys; g [..., T, K], or [..., T, 1] where all channels share it, natural log
+    decay; beta [..., T] write strength; feedback [..., T] Comba's d with k^ = d k; k_hat, rate [..., T, K] RWKV7's
+    removal key k^ and learning rate b.
     """
 
     v: np.ndarray
@@ -86,8 +87,8 @@ class Dplr(NamedTuple):
 class Member:
     """Describe one member of the family.
 
-    `arguments` turns parameters of T tokens into general DPLR, `objective` is L(S, parameters of one token) -> float and
-    `rule` the state after that token, S [K, V]; `step` says how the rule follows from the objective.
+    `arguments` turns parameters of T tokens into general DPLR, `objective` is L(S, parameters of one token) -> float
+    and `rule` the state after that token, S [K, V]; `step` says how the rule follows from the objective.
     """
 
     name: str
@@ -99,12 +100,12 @@ class Member:
 
 
 def run(member: Member, q, parameters: Parameters, S0=None, scale=None) -> tuple[np.ndarray, np.ndarray]:
-    """Run a member over T tokens as general DPLR: o [..., T, V] and the last state [..., K, V] for q [..., T, K]."""
+    """Run a member over T tokens as general DPLR: o [..., T, V], last state [..., K, V] for q [..., T, K]."""
     return general_dplr(q, *member.arguments(parameters), S0, scale)
 
 
 def _dplr(k, v, a=None, b=None, g=None) -> Dplr:
-    """Fill in what a member leaves out: no erase is a = b = 0, no decay is g = 0; a shared gate spreads over channels."""
+    """Fill in what a member leaves out: no erase is a = b = 0, no decay is g = 0; a shared gate spreads out."""
     zeros = np.zeros_like(k)
     return Dplr(k, v, zeros if a is None else a, zeros if b is None else b, zeros if g is None else zeros + g)
 
@@ -207,9 +208,7 @@ LONGHORN = Member(
 COMBA = Member(
     "Comba",
     uses=("k", "v", "g", "beta", "feedback"),
-    arguments=lambda p: _dplr(
-        p.k, _strength(p.beta, p.v), _strength(p.beta, p.k), _strength(p.feedback, p.k), p.g
-    ),
+    arguments=lambda p: _dplr(p.k, _strength(p.beta, p.v), _strength(p.beta, p.k), _strength(p.feedback, p.k), p.g),
     objective=_comba_objective,
     rule=lambda S, p: p.alpha * S - p.beta * np.outer(p.k, p.feedback * p.k @ S) + p.beta * np.outer(p.k, p.v),
 )
