@@ -9,8 +9,8 @@ from the start of the chunk up to and including each token:
 
 M is applied by forward substitution, row by row, which is equations 4 and 5.
 
-Domain: finite gates, and 1 / Gamma must be representable (equation 9 divides by Gamma): the gates of one channel may add
-up to no less than -SPAN_LIMIT within a chunk. Outside, use the recurrent or the attention form.
+Domain: finite gates, and 1 / Gamma must be representable (equation 9 divides by Gamma): the gates of one channel may
+add up to no less than -SPAN_LIMIT within a chunk. Outside, use the recurrent or the attention form.
 
 Two slips of the paper: the second sum of equation 3 runs to r, not to t; and Listing 8b, taken literally, is another
 function: beta occurs nowhere in it, and its state update (line 29) writes `v_i` where equation 8 has U - W S.

@@ -71,7 +71,7 @@ def relative(actual: np.ndarray, expected: np.ndarray) -> float:
     """Return ||actual - expected|| / ||expected||, 0 where both are empty or zero."""
     assert actual.shape == expected.shape
     difference = np.linalg.norm(np.asarray(actual, np.float64) - expected)
-    return 0.0 if difference == 0 else difference / np.linalg.norm(expected)
+    return 0.0 if difference == 0 else float(difference / np.linalg.norm(expected))
 
 
 @pytest.fixture(params=FAMILIES)

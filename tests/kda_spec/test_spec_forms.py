@@ -94,11 +94,7 @@ def test_equation_twelve_s_order_matters_even_with_beta_one(cases):
 
 
 def listing_8b(q, k, v, g, S, beta=None, write_pseudo_value=False):
-    """Transcribe Listing 8b for one chunk of one head, line numbers in brackets; the keywords repair it.
-
-    Two slips are repaired in any case because the listing cannot run with them: u and w are unpacked in the wrong order
-    of shapes [21, 25], and the decay mask of the upper triangle [12] is applied to the result.
-    """
+    """Transcribe Listing 8b for one chunk of one head, line numbers in brackets; the two keywords repair it."""
     C = len(q)
     beta = np.ones(C) if beta is None else beta
     gc = np.cumsum(g, axis=0)  # [5]
