@@ -194,8 +194,10 @@ def test_names_are_neither_drawers_nor_versions():
 
 def test_every_package_is_in_the_rules_and_in_pyproject():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert set(listed) == packages_in_tree(ROOT)
-    assert {name.split(".")[0] for name in listed} <= LAYERS.keys()
+    tree = packages_in_tree(ROOT)
+    expect_none([f"pyproject.toml:1: does not list {name}" for name in sorted(tree - set(listed))])
+    expect_none([f"pyproject.toml:1: lists {name}, which is not there" for name in sorted(set(listed) - tree)])
+    expect_none([f"{name}: has no row in LAYERS" for name in sorted(tree) if name.split(".")[0] not in LAYERS])
 
 
 def test_test_folders_hold_no_init_file():
