@@ -1,0 +1,187 @@
+"""Properties that compare with the definition in float64, directly or through a closed form that needs no recurrence."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from kda_spec.recurrent import general_dplr
+from verify import yardstick
+from verify.claims import claim, every, gradients, plain, takes, tokens
+from verify.exact import Dice
+from verify.trial import Measure, Trial
+from verify.yardstick import rows
+
+
+@claim("tolerance")
+def reference_forward(trial: Trial) -> Iterable[Measure]:
+    """o and S_T equal the float64 recurrence, row by row (gate Y) and within the running bound (gate R).
+
+        S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T,   o_t = scale * S_t^T q_t
+    Would have caught: FLA #794 (tail without mask), #876 (chunk 32 broken for months), #1135 (K not a power of two),
+    cudnn-frontend #1017 (silently wrong gates), FlashKDA #10 (fp16 inverse of near-collinear keys).
+    """
+    got = trial.forward.numbers()
+    yield from trial.judge(got, trial.yard.exact)
+    for name, x in got.items():
+        bound = trial.yard.never[name]
+        if x.size and x.shape == trial.yard.exact[name].shape:
+            error = np.linalg.norm(rows(name, x) - rows(name, trial.yard.exact[name]), axis=-1)
+            yield Measure(f"{name} never", float(np.max(error / bound)), trial.limits.never, error.size)
+
+
+@claim("tolerance", gradients)
+def reference_backward(trial: Trial) -> Iterable[Measure]:
+    """dq, dk, dv, dg, dbeta, dS0 (and dA_log, ddt_bias of a gate inside) equal the adjoint recurrence in float64.
+
+    Would have caught: transformers #48455 (NaN gradients under a finite forward), FLA #984 (one tile width wrong),
+    #1141 (gradient of the final state), #863 (missing term of dbeta), #1095 (sums as total minus prefix).
+    """
+    grads = {name: x for name, x in trial.both.numbers().items() if name.startswith("d")}
+    yield from trial.judge(grads, trial.yard.exact)
+
+
+@claim("tolerance", every(plain, takes("initial_state")))
+def dplr_equality(trial: Trial) -> Iterable[Measure]:
+    """KDA is general DPLR with a = beta k, b = k exp(g), v <- beta v (section 6.2): the same outputs, within rounding.
+
+    Would have caught: wrong sides or signs in a mapping between the two families (FLA writes a, b of DPLR and RWKV7 differently).
+    """
+    case = trial.case
+    q, k, g = case.per_value_head(case.q), case.per_value_head(case.k), case.g
+    q, k, v, g = (np.swapaxes(x, 1, 2) for x in (q, k, case.beta[..., None] * case.v, g))
+    beta = np.swapaxes(case.beta, 1, 2)[..., None]
+    o, S = general_dplr(q, k, v, beta * k, k * np.exp(g), g, case.initial, case.inputs().resolved_scale)
+    yield from trial.judge(trial.forward.numbers(), {"o": np.swapaxes(o, 1, 2), "S": S})
+
+
+@claim("tolerance", plain)
+def deltanet(trial: Trial) -> Iterable[Measure]:
+    """With g = 0 (no decay) KDA is DeltaNet: S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T.
+
+    Would have caught: FLA #862 (g absent and g = 0 differ), decays applied to the wrong side of the erase term.
+    """
+    yield from _scalar_gates(trial, np.zeros(trial.case.beta.shape))
+
+
+@claim("tolerance", plain)
+def gated_deltanet(trial: Trial) -> Iterable[Measure]:
+    """With one gate per token and head, equal over channels, KDA is Gated DeltaNet: S_t = alpha_t (S - beta k k^T S) + beta k v^T.
+
+    Would have caught: FLA #781 (head 0's gates read for every head), a gate applied one token late.
+    """
+    yield from _scalar_gates(trial, -trial.dice("gates").integers(0, 64, trial.case.beta.shape) / 64.0)
+
+
+def _scalar_gates(trial: Trial, g: np.ndarray) -> Iterable[Measure]:
+    case = trial.case.but(g=np.broadcast_to(g[..., None], trial.case.g.shape).copy())
+    S, o, k, q = case.initial.copy(), np.empty_like(case.v), case.per_value_head(case.k), case.per_value_head(case.q)
+    for t in range(case.T):
+        read = np.einsum("bhkv,bhk->bhv", S, k[:, t])
+        alpha = np.exp(g[:, t])[..., None]
+        S = alpha[..., None] * S + np.einsum(
+            "bhk,bhv->bhkv", k[:, t] * case.beta[:, t, :, None], case.v[:, t] - alpha * read
+        )
+        o[:, t] = case.inputs().resolved_scale * np.einsum("bhkv,bhk->bhv", S, q[:, t])
+    yield from trial.judge(trial.run(case).numbers(), {"o": o, "S": S}, yardstick.measure(case, trial.contract, False))
+
+
+@claim("tolerance", every(plain, takes("initial_state")))
+def beta_zero(trial: Trial) -> Iterable[Measure]:
+    """With beta = 0 nothing is written: S_T = Diag(exp sum g) S_0 and o_t = scale * S_0^T (exp(cumsum g_t) q_t).
+
+    Would have caught: FLA #652 (mask of the exponential), a state that is not decayed, keys that leak through a mask.
+    """
+    base = trial.case
+    case = base.but(beta=np.zeros_like(base.beta), S0=trial.dice("S0").normal(base.dS.shape))
+    decay = np.exp(np.cumsum(case.g, axis=1))
+    o = case.inputs().resolved_scale * np.einsum("bthk,bhkv->bthv", decay * case.per_value_head(case.q), case.S0)
+    yield from trial.judge(
+        trial.run(case).numbers(),
+        {"o": o, "S": decay[:, -1, :, :, None] * case.S0},
+        yardstick.measure(case, trial.contract, False),
+    )
+
+
+@claim("tolerance", plain)
+def exact_recall(trial: Trial) -> Iterable[Measure]:
+    """With beta_t = 1, a unit key and q_t = k_t the read returns what was written: o_t = scale * v_t, for any gate and state.
+
+    Keys are one-hot, so that the norm is exactly 1. Would have caught: a causal mask that is strict where it must not be,
+    attention-gym #465 (an update that silently does not happen), errors in the diagonal of the triangular solve.
+    """
+    base = trial.case
+    keys = np.eye(base.K)[trial.dice("keys").integers(0, base.K, base.q.shape[:-1])]
+    case = base.but(q=keys, k=keys, beta=np.ones_like(base.beta))
+    exact = {"o": case.inputs().resolved_scale * case.v}
+    yard = yardstick.measure(case, trial.contract, False)
+    yield from trial.judge({"o": trial.run(case).numbers()["o"]}, exact, yard)
+
+
+@claim("tolerance", plain)
+def same_key_merge(trial: Trial) -> Iterable[Measure]:
+    """With g = 0 and a unit key, two writes of one value merge: beta_1, beta_2 act as 1 - (1 - beta_1)(1 - beta_2).
+
+    So beta = 1 is idempotent and beta = 2 twice is the identity. Would have caught: (I + L)^-1 replaced by I - L, a Neumann series cut short.
+    """
+    base, dice = trial.case.tokens(0, 1), trial.dice("merge")
+    keys = np.eye(base.K)[np.full(base.q.shape[:-1], dice.integer(0, base.K))]
+    first, second = ((0.5, 0.5), (1.0, 1.0), (0.25, 0.5))[dice.integer(0, 3)]
+    one = base.but(k=keys, g=np.zeros_like(base.g), beta=np.full_like(base.beta, 1 - (1 - first) * (1 - second)))
+    twice = {name: np.repeat(getattr(one, name), 2, axis=1) for name in ("q", "k", "v", "g", "do")}
+    two = one.but(**twice, beta=np.stack([np.full_like(one.beta[:, 0], b) for b in (first, second)], axis=1))
+    yard = yardstick.measure(two, trial.contract, False)
+    merged, apart = trial.run(one).numbers(), trial.run(two).numbers()
+    yield from trial.pair(
+        {"S": apart["S"], "o": apart["o"]}, {"S": merged["S"], "o": _last_twice(apart["o"], merged["o"])}, yard
+    )
+
+
+def _last_twice(apart: np.ndarray, merged: np.ndarray) -> np.ndarray:
+    """Only the read after the second write is claimed; the first is left as it came."""
+    return np.concatenate([apart[:, :1], merged], axis=1)
+
+
+@claim("tolerance", every(plain, lambda trial: trial.recipe.K > 1))
+def orthogonal_commute(trial: Trial) -> Iterable[Measure]:
+    """With g = 0, two tokens with orthogonal keys commute: swapping them leaves S.
+
+    Would have caught: sums over tokens that depend on order (strict lower instead of all earlier), shuffled rows inside a tile.
+    """
+    base = trial.case
+    start = np.broadcast_to(base.q[:, :1], (base.B, 2, base.H, base.K)).copy()
+    keys = np.zeros_like(start)
+    i, j = trial.dice("keys").permutation(base.K)[:2]
+    keys[:, 0, :, i], keys[:, 1, :, j] = 1.0, 1.0
+    values = trial.case.rounded(Dice(trial.recipe.seed, "two values").normal((base.B, 2, base.HV, base.V)))
+    case = base.but(
+        q=start,
+        k=keys,
+        v=values,
+        g=np.zeros((base.B, 2, base.HV, base.K)),
+        do=values,
+        beta=np.stack([np.full_like(base.beta[:, 0], b) for b in (0.5, 1.0)], axis=1),
+    )
+    swapped = case.but(**{name: getattr(case, name)[:, ::-1] for name in ("q", "k", "v", "g", "beta")})
+    yard = yardstick.measure(case, trial.contract, False)
+    yield from trial.pair({"S": trial.run(case).numbers()["S"]}, {"S": trial.run(swapped).numbers()["S"]}, yard)
+
+
+@claim("tolerance", every(plain, tokens, lambda trial: trial.recipe.T > 1))
+def residual(trial: Trial) -> Iterable[Measure]:
+    """What is held at k_T after the write: k^T S_T = (1 - beta ||k||^2) k^T Diag(alpha) S_{T-1} + beta ||k||^2 v_T^T.
+
+    Reference-free, on the kernel's own states. Would have caught: state read transposed (vLLM #41292), a last row dropped (FLA #1143).
+    """
+    case, last = trial.case, trial.case.T - 1
+    S, before = trial.forward.numbers()["S"], trial.run(case.tokens(0, last)).numbers()["S"]
+    k, beta = case.per_value_head(case.k)[:, last], case.beta[:, last, :, None]
+    square, alpha = np.sum(k * k, axis=-1, keepdims=True), np.exp(case.g[:, last])
+    held = np.einsum("bhk,bhkv->bhv", k * alpha, before)
+    error = np.einsum("bhk,bhkv->bhv", k, S) - ((1 - beta * square) * held + beta * square * case.v[:, last])
+    legal = np.sqrt(square) * (trial.yard.legal["S"] + _earlier(trial, last) * np.max(alpha, axis=-1, keepdims=True))
+    worst = float(np.max(np.abs(error) / np.maximum(legal, np.finfo(np.float64).tiny)))
+    yield Measure("k^T S", worst, trial.limits.pair, error.size)
+
+
+def _earlier(trial: Trial, last: int) -> np.ndarray:
+    return yardstick.measure(trial.case.tokens(0, last), trial.contract, False).legal["S"]

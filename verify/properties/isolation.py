@@ -1,0 +1,221 @@
+"""Properties of who may influence whom: the past only, oneself only, values and not their place in memory."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from verify.cases import Case
+from verify.claims import claim, every, takes, tokens, unpacked
+from verify.families import materialise
+from verify.targets import arguments, call_tensors
+from verify.trial import Measure, Trial, same_bits
+
+STREAMS = ("q", "k", "v", "g", "beta")
+
+
+def _stranger(trial: Trial) -> Case:
+    """Make a case of the same sizes with other content, and strong gates where this one's are weak."""
+    recipe = trial.recipe
+    gates = "zero" if recipe.gates in ("strong", "bounded", "log_uniform") else "strong"
+    return materialise(replace(recipe, seed=recipe.seed + 65537, gates=gates))
+
+
+@claim("bitwise", tokens)
+def causality(trial: Trial) -> Iterable[Measure]:
+    """Changing q, k, v, g, beta after token i leaves every bit of o up to i, at fixed T.
+
+    Would have caught: FLA #1240 (gates anchored at a future row: prefix outputs changed in 24 to 30 of 68 runs, all within tolerance).
+    """
+    case, other = trial.case, _stranger(trial)
+    tail = [t for _, t in case.sequences() if t.stop > t.start]
+    last = tail[-1]
+    cut = trial.dice("cut").integer(last.start, last.stop)
+    later = (np.arange(case.T) > cut) & (np.arange(case.T) < last.stop)
+    changed = {
+        name: np.where(
+            later.reshape(1, -1, *[1] * (getattr(case, name).ndim - 2)), getattr(other, name), getattr(case, name)
+        )
+        for name in STREAMS
+    }
+    result = trial.run(case.but(**changed))
+    yield same_bits(f"o up to {cut}", result.o[:, : cut + 1], trial.forward.o[:, : cut + 1])
+
+
+def _with_neighbours(trial: Trial, fill: str) -> tuple[Case, int, int, int]:
+    """Keep one sequence and one group of heads; replace everything else by other content or by NaN."""
+    case, other, dice = trial.case, _stranger(trial), trial.dice("neighbours")
+    n, h, group = dice.integer(0, case.N), dice.integer(0, case.H), case.HV // case.H
+    batch, span = case.sequences()[n]
+    keep = np.zeros((case.B, case.T, case.H), bool)
+    keep[batch, span, h] = True
+    changed = {}
+    for name in STREAMS:
+        x = getattr(case, name)
+        mine = keep if name in ("q", "k") else np.repeat(keep, group, axis=2)
+        mine = mine.reshape(*mine.shape, *[1] * (x.ndim - 3))
+        changed[name] = np.where(mine, x, np.nan if fill == "nan" else getattr(other, name))
+    if case.S0 is not None:
+        S0 = np.full_like(case.S0, np.nan) if fill == "nan" else dice.normal(case.S0.shape)
+        S0[n, h * group : (h + 1) * group] = case.S0[n, h * group : (h + 1) * group]
+        changed["S0"] = S0
+    return case.but(**changed), n, h, group
+
+
+def _mine_unchanged(trial: Trial, fill: str) -> Iterable[Measure]:
+    case, n, h, group = _with_neighbours(trial, fill)
+    result, (batch, span), heads = trial.run(case), case.sequences()[n], slice(h * group, (h + 1) * group)
+    yield same_bits("o of one sequence and head", result.o[batch, span, heads], trial.forward.o[batch, span, heads])
+    yield same_bits("S of one sequence and head", result.S[n, heads], trial.forward.S[n, heads])
+
+
+@claim("bitwise", every(tokens, lambda trial: trial.case.N * trial.case.H > 1))
+def neighbours(trial: Trial) -> Iterable[Measure]:
+    """What other sequences and heads contain does not reach a single bit of this one's results.
+
+    Would have caught: FLA #781 (another head's gates), states crossing sequences, vLLM #45819 (batch dependence by content).
+    """
+    yield from _mine_unchanged(trial, "other")
+
+
+@claim("bitwise", every(tokens, lambda trial: trial.case.N * trial.case.H > 1))
+def nan_stays(trial: Trial) -> Iterable[Measure]:
+    """NaN in other sequences and heads stays there.
+
+    Would have caught: 0 * NaN under a multiplied mask, tail loads of a tile that reach into the next sequence (FLA #792).
+    """
+    yield from _mine_unchanged(trial, "nan")
+
+
+@claim("bitwise", every(unpacked, lambda trial: trial.recipe.B > 1))
+def batch_permutation(trial: Trial) -> Iterable[Measure]:
+    """Permuting the batch permutes o and S_T, bit for bit.
+
+    Would have caught: programs that mistake their batch index, cached descriptors (FlashQLA #23).
+    """
+    order = trial.dice("order").permutation(trial.recipe.B)
+    moved = trial.run(trial.case.batch(order))
+    for name, x in moved.tensors().items():
+        yield same_bits(name, x, trial.forward.tensors()[name][order])
+
+
+@claim("bitwise", every(tokens, lambda trial: trial.recipe.H > 1))
+def head_permutation(trial: Trial) -> Iterable[Measure]:
+    """Permuting heads (each with its group of value heads) permutes o and S_T, bit for bit.
+
+    Would have caught: FLA #781 (head 0's gates for all), grouped heads read with h // H for h // (HV / H).
+    """
+    case, order = trial.case, trial.dice("order").permutation(trial.recipe.H)
+    values = (order[:, None] * trial.recipe.G + np.arange(trial.recipe.G)).reshape(-1)
+    moved = trial.run(case.heads(order))
+    yield same_bits("o", moved.o, trial.forward.o[:, :, values])
+    yield same_bits("S", moved.S, trial.forward.S[:, values])
+
+
+@claim("tolerance", every(tokens, lambda trial: trial.recipe.G > 1, takes("HV > H")))
+def repeated_heads(trial: Trial) -> Iterable[Measure]:
+    """HV > H is q and k repeated for every value head; gradients of q and k are the sums over the group.
+
+    Would have caught: dq, dk summed over the wrong heads, groups read in the wrong order.
+    """
+    case = trial.case
+    result = trial.run(
+        case.but(q=case.per_value_head(case.q), k=case.per_value_head(case.k)), backward=trial.differentiable
+    )
+    got = result.numbers()
+    for name in ("dq", "dk"):
+        if name in got:
+            got[name] = got[name].reshape(*case.q.shape[:3], -1, case.K).sum(axis=3)
+    # the sum over the group of gradients that were each rounded to the output dtype costs one more rounding a member
+    sums = {name: got.pop(name) for name in ("dq", "dk") if name in got}
+    yield from trial.judge(got, trial.yard.exact)
+    if trial.recipe.dtype in ("float32", "float64"):
+        yield from trial.judge(sums, trial.yard.exact, limit=trial.limits.pair)
+
+
+def _strided(x: torch.Tensor) -> torch.Tensor:
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype, device=x.device)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def _transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim > 2 else _strided(x)
+
+
+def _offset(x: torch.Tensor) -> torch.Tensor:
+    buffer = torch.full((x.numel() + 1,), float("nan"), dtype=x.dtype, device=x.device)
+    return buffer[1:].view(x.shape).copy_(x)
+
+
+@claim("tolerance", tokens)
+def layouts(trial: Trial) -> Iterable[Measure]:
+    """Strided, transposed and offset views give what contiguous tensors give; bitwise where the contract claims it.
+
+    Would have caught: FLA #871, #1139, #627 (gates assumed contiguous), ATOM #1842 (stride-blind underneath).
+    """
+    rearrange = (_strided, _transposed, _offset)[trial.dice("layout").integer(0, 3)]
+    backward = trial.differentiable
+    result = trial.run(trial.case, rearrange=rearrange, backward=backward)
+    yield from trial.judge(result.numbers(), trial.yard.exact)
+    if "layout" in trial.contract.bitwise:
+        base = (trial.both if backward else trial.forward).tensors()
+        for name, x in result.tensors().items():
+            yield same_bits(name, x, base[name])
+
+
+@claim("tolerance", every(unpacked, lambda trial: trial.recipe.B > 1))
+def expanded(trial: Trial) -> Iterable[Measure]:
+    """A batch made by expand (stride 0) gives what its copies give.
+
+    Would have caught: kernels that take strides for granted, or write to an input.
+    """
+    same = trial.case.batch(np.zeros(trial.recipe.B, int))
+    result = trial.run(same, rearrange=lambda x: x if x.ndim == 1 else x[:1].expand_as(x))
+    yield from trial.agree(same, result)
+
+
+@claim("tolerance", every(takes("state_v_first"), tokens))
+def state_v_first(trial: Trial) -> Iterable[Measure]:
+    """States stored [V, K] are the transposes of states stored [K, V], in and out, and in the gradients.
+
+    Would have caught: vLLM #41292 (read as [K, V] while stored [V, K]: long-context retrieval broke, decode did not).
+    """
+    result = trial.run(trial.case, state_v_first=True, backward=trial.differentiable)
+    yield from trial.judge(result.numbers(), trial.yard.exact)
+
+
+@claim("bitwise")
+def purity(trial: Trial) -> Iterable[Measure]:
+    """Inputs, and the memory around them, are untouched; the final state does not share memory with the initial one.
+
+    Would have caught: onnxruntime #32166 (aliased continuation state), an op that destroys v, triton #6547 (updates applied twice).
+    """
+    tensors, keywords = arguments(trial.case, trial.target)
+    before = {name: _storage(x).clone() for name, x in tensors.items()}
+    result = call_tensors(trial.target, trial.case, tensors, keywords)
+    for name, x in tensors.items():
+        yield Measure(f"{name} untouched", float((before[name] != _storage(x)).sum()), 0, x.numel())
+    inputs = {x.untyped_storage().data_ptr() for x in tensors.values()}
+    for name, x in result.tensors().items():
+        shared = x.numel() > 0 and x.untyped_storage().data_ptr() in inputs
+        yield Measure(f"{name} shares no memory with an input", float(shared), 0)
+
+
+def _storage(x: torch.Tensor) -> torch.Tensor:
+    """View the whole memory block under a tensor, guard bands included, as bytes."""
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+
+
+@claim("bitwise", tokens)
+def determinism(trial: Trial) -> Iterable[Measure]:
+    """Equal inputs give equal bits, forward and backward, in repeated calls.
+
+    Would have caught: FLA #945 and triton #9871 (races: 30 hashes in 30 runs), atomics in reductions, uninitialised memory.
+    """
+    base = trial.both if trial.differentiable else trial.forward
+    for _ in range(2):
+        again = trial.run(trial.case, backward=trial.differentiable)
+        for name, x in again.tensors().items():
+            yield same_bits(name, x, base.tensors()[name])

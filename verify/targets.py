@@ -1,0 +1,299 @@
+"""What is judged: a name from the table, a mutant, or anybody's `package.module:function` with FLA's signature.
+
+A target is called with torch tensors made from a case: values exact, each buffer inside guard bands of NaN so that a read past
+its ends shows, every allocation during the call poisoned with NaN so that an element never written shows.
+"""
+
+import contextlib
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from impls import table
+from impls.contracts import PrecisionContract
+from verify.cases import Case
+
+GUARD = 64
+"""Elements of NaN on both sides of every input buffer: 256 bytes in float32, which keeps the alignment that allocators give."""
+
+STANDARD = frozenset(
+    {
+        "scale",
+        "initial_state",
+        "output_final_state",
+        "use_qk_l2norm_in_kernel",
+        "use_gate_in_kernel",
+        "use_beta_sigmoid_in_kernel",
+        "allow_neg_eigval",
+        "lower_bound",
+        "A_log",
+        "dt_bias",
+        "state_v_first",
+        "cu_seqlens",
+        "chunk_size",
+    }
+)
+"""FLA's keywords that a judge passes."""
+
+
+class TargetError(ValueError):
+    """The target cannot be judged as it was named: the message says what was expected and what came."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """An implementation under judgement: FLA's signature, its precision contract by input dtype, and what it refuses."""
+
+    name: str
+    function: Callable
+    contract: Callable[[str], PrecisionContract]
+    dtypes: tuple[str, ...]
+    chunks: tuple[int, ...] = ()
+    named: frozenset[str] = STANDARD
+    backward: bool = True
+    foreign: bool = False
+    device: str = "cpu"
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Outputs of one call as torch tensors in their own dtypes; `grads` is empty unless a backward was asked for."""
+
+    o: torch.Tensor
+    S: torch.Tensor | None
+    grads: dict[str, torch.Tensor]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Name every tensor: o, S and the gradients."""
+        state = {} if self.S is None else {"S": self.S}
+        return {"o": self.o, **state, **self.grads}
+
+    def numbers(self) -> dict[str, np.ndarray]:
+        """Return every tensor as a float64 array."""
+        return {name: x.detach().cpu().double().numpy() for name, x in self.tensors().items()}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return torch's dtype of a name."""
+    return getattr(torch, name)
+
+
+def default_contract(dtype: str) -> PrecisionContract:
+    """Assume what kernels usually promise where nothing is declared: operands in the input dtype, sums and state in float32."""
+    wide = "float64" if dtype == "float64" else "float32"
+    return PrecisionContract(dtype, wide, wide, wide, dtype, output=dtype)
+
+
+def guarded(x: np.ndarray, dtype: str, device: str) -> torch.Tensor:
+    """Make a contiguous tensor with exactly these values inside a larger buffer of NaN."""
+    buffer = torch.full((x.size + 2 * GUARD,), float("nan"), dtype=dtype_of(dtype), device=device)
+    view = buffer[GUARD : GUARD + x.size].view(x.shape)
+    return view.copy_(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64)))
+
+
+def arguments(
+    case: Case, target: Target, state_v_first: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Make the tensors and the keywords of a call. Keywords at their default are left out, for callees that lack them."""
+    make = {
+        "q": (case.q, case.dtype),
+        "k": (case.k, case.dtype),
+        "v": (case.v, case.dtype),
+        "g": (case.g, case.gate_dtype),
+        "beta": (case.beta, case.gate_dtype),
+    }
+    a, keywords = case.activation, {}
+    if case.S0 is not None:
+        state = np.swapaxes(case.S0, -1, -2) if state_v_first else case.S0
+        make["initial_state"] = (state, case.state_dtype)
+    if a.A_log is not None:
+        make["A_log"] = (a.A_log, case.state_dtype)
+    if a.dt_bias is not None:
+        make["dt_bias"] = (a.dt_bias, case.state_dtype)
+    tensors = {name: guarded(x, dtype, target.device) for name, (x, dtype) in make.items()}
+    flags = {
+        "scale": case.scale,
+        "chunk_size": case.chunk_size,
+        "lower_bound": a.lower_bound,
+        "state_v_first": state_v_first or None,
+        "use_qk_l2norm_in_kernel": a.l2norm or None,
+        "use_gate_in_kernel": a.gate != "none" or None,
+        "use_beta_sigmoid_in_kernel": a.sigmoid != "none" or None,
+        "allow_neg_eigval": a.sigmoid == "twice" or None,
+    }
+    keywords |= {name: value for name, value in flags.items() if value is not None}
+    if case.cu_seqlens is not None:
+        keywords["cu_seqlens"] = torch.tensor(case.cu_seqlens, dtype=torch.int64, device=target.device)
+    return tensors, keywords
+
+
+def call(
+    target: Target,
+    case: Case,
+    backward: bool = False,
+    rearrange: Callable | None = None,
+    final_state: bool = True,
+    state_v_first: bool = False,
+    do: bool = True,
+    dS: bool = True,
+) -> Result:
+    """Run a target on a case.
+
+    `rearrange` maps each input tensor to an equal one with another layout. `do` and `dS` False leave that gradient out.
+    Raises whatever the target raises; AssertionError if it returns something other than (o, final_state).
+    """
+    tensors, keywords = arguments(case, target, state_v_first)
+    if rearrange is not None:
+        tensors = {name: rearrange(x) for name, x in tensors.items()}
+    leaves = {name: x.detach().requires_grad_(backward) for name, x in tensors.items()}
+    return call_tensors(target, case, leaves, keywords, backward, final_state, state_v_first, do, dS)
+
+
+def call_tensors(
+    target: Target,
+    case: Case,
+    leaves: dict[str, torch.Tensor],
+    keywords: dict,
+    backward: bool = False,
+    final_state: bool = True,
+    state_v_first: bool = False,
+    do: bool = True,
+    dS: bool = True,
+) -> Result:
+    """Run a target on given tensors: the part of `call` after they are made."""
+    positional = [leaves[name] for name in ("q", "k", "v", "g", "beta")]
+    named = {name: x for name, x in leaves.items() if name not in ("q", "k", "v", "g", "beta")}
+    with poisoned_allocations(), torch.set_grad_enabled(backward):
+        returned = target.function(*positional, **named, **keywords, output_final_state=final_state)
+        o, S = _unpack(returned)
+        grads = _gradients(case, leaves, o, S, do, dS, target.device, state_v_first) if backward else {}
+    S = None if S is None else S.detach()
+    if state_v_first:
+        S = None if S is None else S.transpose(-1, -2)
+        grads = {name: x.transpose(-1, -2) if name == "dS0" else x for name, x in grads.items()}
+    return Result(o.detach(), S, grads)
+
+
+def _unpack(returned: object) -> tuple[torch.Tensor, torch.Tensor | None]:
+    assert isinstance(returned, tuple) and len(returned) == 2, (
+        f"expected (o, final_state), got {type(returned).__name__}"
+    )
+    return returned
+
+
+def _gradients(
+    case: Case,
+    leaves: dict,
+    o: torch.Tensor,
+    S: torch.Tensor | None,
+    do: bool,
+    dS: bool,
+    device: str,
+    state_v_first: bool,
+) -> dict[str, torch.Tensor]:
+    names = {"initial_state": "dS0"}
+    wanted = {names.get(name, f"d{name}"): x for name, x in leaves.items()}
+    outputs, starts = [], []
+    if do:
+        outputs, starts = [o], [guarded(case.do, case.dtype, device).to(o.dtype)]
+    if dS and S is not None:
+        start = np.swapaxes(case.dS, -1, -2) if state_v_first else case.dS
+        outputs.append(S)
+        starts.append(guarded(start, case.state_dtype, device).to(S.dtype))
+    grads = torch.autograd.grad(outputs, list(wanted.values()), starts, allow_unused=True)
+    return {
+        name: torch.zeros_like(x) if d is None else d.detach()
+        for (name, x), d in zip(wanted.items(), grads, strict=True)
+    }
+
+
+@contextlib.contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Fill every tensor that Python code allocates without a value (torch.empty and its kin) with NaN while this is active."""
+    places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
+    saved = [(owner, name, getattr(owner, name)) for owner, name in places]
+    for owner, name, original in saved:
+        setattr(owner, name, _poisoning(original))
+    try:
+        yield
+    finally:
+        for owner, name, original in saved:
+            setattr(owner, name, original)
+
+
+def _poisoning(allocate: Callable) -> Callable:
+    def poisoned(*args, **kwargs):
+        x = allocate(*args, **kwargs)
+        if x.is_floating_point() and x.device.type != "meta":
+            with torch.no_grad():
+                x.fill_(float("nan"))
+        return x
+
+    return poisoned
+
+
+def resolve(name: str, device: str, config: Path | None = None, contract: str | None = None) -> Target:
+    """Find a target. Raises TargetError for unknown names, modules that do not import, or something not callable."""
+    if ":" in name:
+        return _foreign(name, device, contract)
+    try:
+        impl = table.find(name)
+    except (KeyError, ValueError) as error:
+        raise TargetError(f"{error.args[0]}; or name anybody's kernel as package.module:function") from error
+    if device.split(":")[0] not in impl.devices:
+        raise TargetError(f"{name} runs on {', '.join(impl.devices)}, not on {device}")
+    launch = None if config is None else _configuration(impl, config)
+    return Target(
+        name,
+        lambda *a, **k: impl.call(*a, config=launch, **k),
+        impl.contract,
+        tuple(impl.dtypes),
+        chunks=tuple(impl.chunk_sizes or ()) if launch is None else (),
+        backward=impl.backward,
+        device=device,
+        named=STANDARD if impl.chunk_sizes and launch is None else STANDARD - {"chunk_size"},
+    )
+
+
+def _configuration(impl: table.Impl, path: Path) -> object:
+    try:
+        return impl.config(**json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise TargetError(f"--config {path}: not a launch configuration of {impl.name}: {error}") from error
+
+
+def _foreign(name: str, device: str, contract: str | None) -> Target:
+    module_name, _, attribute = name.partition(":")
+    try:
+        function = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            function = getattr(function, part)
+    except (ImportError, AttributeError) as error:
+        raise TargetError(f"{name}: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise TargetError(f"{name}: expected a function with the signature of chunk_kda, got {type(function).__name__}")
+    fixed = (lambda _: default_contract(contract)) if contract else default_contract
+    return Target(
+        name,
+        function,
+        fixed,
+        ("float32", "bfloat16", "float16", "float64"),
+        named=_named(function),
+        foreign=True,
+        device=device,
+    )
+
+
+def _named(function: Callable) -> frozenset[str]:
+    """Return the standard keywords that a function's signature names; a bare **kwargs names none."""
+    try:
+        return frozenset(inspect.signature(function).parameters) & STANDARD
+    except (TypeError, ValueError):
+        return STANDARD

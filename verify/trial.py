@@ -1,0 +1,153 @@
+"""One recipe against one target: the base call, the definition and the yardstick are computed once and shared by all properties."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from verify import yardstick
+from verify.cases import Case
+from verify.exact import LARGEST, Dice
+from verify.families import materialise
+from verify.limits import Limits, limits_for
+from verify.recipes import Recipe
+from verify.targets import Result, Target, call
+from verify.yardstick import Yardstick, rows
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One judged number: observed against allowed. `ratio` above 1 is a failure; bitwise claims have ratio 0 or infinity."""
+
+    what: str
+    observed: float
+    allowed: float
+    rows: int = 1
+    where: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Observed over allowed; infinity where nothing was allowed, or where the observation is not a number."""
+        if np.isnan(self.observed):
+            return float("inf")
+        if self.allowed == 0:
+            return 0.0 if self.observed == 0 else float("inf")
+        return self.observed / self.allowed
+
+
+class Trial:
+    """A recipe materialised for a target. Attributes are computed when first read."""
+
+    def __init__(self, target: Target, recipe: Recipe):
+        self.target, self.recipe = target, recipe
+        self.contract = target.contract(recipe.dtype)
+        self.runs = 0
+
+    @cached_property
+    def case(self) -> Case:
+        """The arrays."""
+        return materialise(self.recipe)
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Calibrated limits of this contract, dtype and conditioning class."""
+        return limits_for(self.contract, self.recipe.dtype, self.recipe.conditioning)
+
+    @cached_property
+    def forward(self) -> Result:
+        """The base call."""
+        return self.run(self.case)
+
+    @cached_property
+    def both(self) -> Result:
+        """The base call with gradients of every input."""
+        return self.run(self.case, backward=True)
+
+    @cached_property
+    def yard(self) -> Yardstick:
+        """The definition and the yardstick of the base case, with gradients where the target has them."""
+        return yardstick.measure(self.case, self.contract, self.differentiable)
+
+    @property
+    def differentiable(self) -> bool:
+        """True if gradients are judged."""
+        return self.target.backward and "backward" not in self.target.refused
+
+    def dice(self, label: str) -> Dice:
+        """Return draws that belong to this recipe and a property."""
+        return Dice(self.recipe.seed, "property", label, self.recipe.T, self.recipe.K)
+
+    def run(self, case: Case, **how) -> Result:
+        """Call the target on a case, and count it."""
+        self.runs += 1
+        return call(self.target, case, **how)
+
+    def judge(
+        self,
+        got: dict[str, np.ndarray],
+        exact: dict[str, np.ndarray],
+        yard: Yardstick | None = None,
+        limit: float | None = None,
+        label: str = "",
+    ) -> Iterable[Measure]:
+        """Measure every tensor's rows against what is exact, in units of the yardstick (this case's own, or another's)."""
+        yard = yard or self.yard
+        for name, x in got.items():
+            yield from against(
+                label + name,
+                name,
+                x,
+                exact[name],
+                yard.legal[name],
+                limit or self.limits.row,
+                self.limits.overall * ((limit or self.limits.row) / self.limits.row),
+            )
+
+    def agree(self, case: Case, result: Result, label: str = "", **how) -> Iterable[Measure]:
+        """Measure a result of another case against the definition of that case."""
+        yard = yardstick.measure(case, self.contract, bool(result.grads))
+        yield from self.judge(result.numbers(), yard.exact, yard, label=label, **how)
+
+    def pair(
+        self, got: dict[str, np.ndarray], other: dict[str, np.ndarray], yard: Yardstick | None = None
+    ) -> Iterable[Measure]:
+        """Measure two runs that must agree within rounding: each may err by its own limit."""
+        yield from self.judge(got, other, yard, limit=self.limits.pair)
+
+
+def against(
+    what: str, name: str, got: np.ndarray, exact: np.ndarray, legal: np.ndarray, row: float, overall: float
+) -> Iterable[Measure]:
+    """Apply gate Y to one tensor: the worst row and the whole, in units of legal error."""
+    if got.shape != exact.shape:
+        yield Measure(f"{what} shape {got.shape} for {exact.shape}", float("inf"), 0)
+        return
+    if not exact.size:
+        return
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        error = np.linalg.norm(rows(name, got) - rows(name, exact), axis=-1)
+        ratios = error / legal
+    worst = np.argmax(np.where(np.isnan(ratios), np.inf, ratios))
+    where = f"row {tuple(int(i) for i in np.unravel_index(worst, ratios.shape))}" if ratios.ndim else ""
+    yield Measure(what, float(ratios.reshape(-1)[worst]), row, ratios.size, where)
+    with np.errstate(invalid="ignore"):
+        yield Measure(f"{what} overall", float(np.linalg.norm(error) / np.linalg.norm(legal)), overall, 1, where)
+
+
+def same_bits(what: str, got: torch.Tensor, expected: torch.Tensor) -> Measure:
+    """Measure equality of every bit that a value has (NaN equals NaN, 0 equals -0): observed is the number of differing elements."""
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return Measure(
+            f"{what}: {tuple(got.shape)} {got.dtype} for {tuple(expected.shape)} {expected.dtype}", float("inf"), 0
+        )
+    different = ~((got == expected) | (got.isnan() & expected.isnan()))
+    count = int(different.sum())
+    where = "" if not count else f"element {tuple(int(i) for i in different.nonzero()[0])}"
+    return Measure(f"{what} bitwise", count, 0, got.numel(), where)
+
+
+def fits(yard: Yardstick, dtypes: dict[str, str], names: Iterable[str]) -> bool:
+    """True if every exact value is representable without overflow in the dtype of its tensor."""
+    return all(np.max(np.abs(yard.exact[name]), initial=0.0) < LARGEST[dtypes[name]] / 4 for name in names)
