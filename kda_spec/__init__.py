@@ -1,5 +1,6 @@
 """The mathematics of Kimi Delta Attention in NumPy float64: definition, other forms, family, gradients, costs."""
 
+from kda_spec import costs
 from kda_spec.attention import attention
 from kda_spec.chunkwise import chunkwise
 from kda_spec.family import FAMILY, Dplr, Member, Parameters, Step
@@ -33,6 +34,7 @@ __all__ = [
     "check_domain",
     "chunkwise",
     "constrained_dplr",
+    "costs",
     "general_dplr",
     "gradients",
     "kda",

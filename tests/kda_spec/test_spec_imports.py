@@ -11,7 +11,7 @@ import sys
 for name in ("torch", "triton", "impls", "verify", "hypothesis", "mpmath"):
     sys.modules[name] = None
 import numpy as np
-import kda_spec, kda_spec.costs
+import kda_spec
 inputs = kda_spec.Inputs(*np.ones((3, 1, 2, 1, 4)) / 2, g=-np.ones((1, 2, 1, 4)), beta=np.ones((1, 2, 1)))
 print(kda_spec.gradients(inputs, kda_spec.recurrent(inputs).o).q.shape)
 print(sorted(name for name in kda_spec.__all__ if not hasattr(kda_spec, name)))
