@@ -16,7 +16,8 @@ import torch
 
 from impls.activations import compute_dtype
 from impls.checks import bounds_of
-from impls.sequences import Runs, flat, groups, runs_of
+from impls.sequences import Runs, by_token, flat, groups, padded, runs_of, scatter
+from impls.states import States
 
 SEGMENT = 64
 STATE_ELEMENTS = 2**23
@@ -31,82 +32,79 @@ def adjoint(q, k, v, g, beta, initial_state, cu_seqlens, scale, do, dS):
     (B, T, HV, V), H, K = v.shape, q.shape[2], q.shape[3]
     dtype, runs = compute_dtype(v), runs_of(B, T, bounds_of(cu_seqlens, T))
     tokens = [flat(x) for x in (q, k, v, g, beta, v.new_zeros(v.shape) if do is None else do)]
-    gradients = [v.new_empty((B * T, HV, *size), dtype=dtype) for size in ((K,), (K,), (V,), (K,), ())]
-    zeros = v.new_zeros((len(runs.order), HV, K, V), dtype=dtype)
-    S0, dST = (zeros if x is None else x.to(dtype) for x in (initial_state, dS))
-    dS0 = torch.empty_like(zeros)
-    for some, heads in groups(runs, HV, max(1, STATE_ELEMENTS // (SEGMENT * K * V))):
-        walk = _Walk(tokens, gradients, runs.part(some.start, some.stop), heads, scale, dtype)
-        places = list(walk.runs.order)
-        dS0[places, heads] = walk.back(S0[places, heads], dST[places, heads])
+    gradients = [v.new_empty((B * T, HV, size), dtype=dtype) for size in (K, K, V, K, 1)]
+    entering, leaving = (States(x, q, v, cu_seqlens, runs, 0) for x in (initial_state, dS))
+    for some, heads in groups(runs, HV, max(1, STATE_ELEMENTS // (SEGMENT * padded(K) * padded(V)))):
+        part = runs.part(some)
+        walk = _Walk(tokens, gradients, part, heads, scale, dtype)
+        leaving.put(walk.back(entering.take(part, heads), leaving.take(part, heads)), part, heads)
     gradients[:2] = [x.view(B * T, H, HV // H, K).sum(2) for x in gradients[:2]]
     shaped = [x.to(y.dtype).view(y.shape) for x, y in zip(gradients, (q, k, v, g, beta), strict=True)]
-    return *shaped, v.new_empty(0) if initial_state is None else dS0.to(initial_state.dtype)
+    return *shaped, v.new_empty(0) if initial_state is None else leaving.final.to(initial_state.dtype)
 
 
 class _Walk:
-    """Walk over some runs and heads: forward to recompute the states, backward to differentiate."""
+    """Walk over some runs and heads: forward to recompute the states, backward to differentiate.
+
+    M counts the runs that have the token times the heads; a row is [M, 1, K or V], a state [M, K, V].
+    """
 
     def __init__(self, tokens, gradients, runs: Runs, heads: slice, scale: float, dtype: torch.dtype):
         self.tokens, self.gradients, self.runs, self.heads = tokens, gradients, runs, heads
         self.scale, self.dtype = scale, dtype
-        HV, device = tokens[2].shape[1], tokens[2].device
-        self.starts = torch.tensor(runs.starts, device=device)
-        values = torch.arange(heads.start, heads.stop, device=device)
-        self.columns = [values // (HV // x.shape[1]) for x in tokens]
 
-    def rows(self, t: int) -> torch.Tensor:
-        """Return where token t of the n runs that have one lies: [n]."""
-        return self.starts[: self.runs.running(t)] + t
+    def rows(self, first: int) -> list[list[torch.Tensor]]:
+        """Return for each token of the segment at `first` the rows q, k, v, alpha, beta, do."""
+        L, HV = min(SEGMENT, self.runs.longest - first), self.tokens[-1].shape[1]
+        blocks = [by_token(x, self.runs, first, L, self.heads, HV, self.dtype) for x in self.tokens]
+        blocks[3].exp_()
+        counts = [self.runs.running(first + t) for t in range(L)]
+        return [[x[t, :n].flatten(0, 1).unsqueeze(1) for x in blocks] for t, n in enumerate(counts)]
 
-    def token(self, t: int) -> list[torch.Tensor]:
-        """Return q, k, v, alpha, beta, do of token t, shaped to meet states [n, heads, K, V]."""
-        rows = self.rows(t).unsqueeze(-1)
-        q, k, v, g, beta, do = (
-            x[rows, columns].to(self.dtype) for x, columns in zip(self.tokens, self.columns, strict=True)
-        )
-        q, k, alpha = (x.unsqueeze(-1) for x in (q, k, torch.exp(g)))
-        return [q, k, v.unsqueeze(-2), alpha, beta[..., None, None], do.unsqueeze(-2)]
-
-    def advance(self, t: int, S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Move S [n, heads, K, V] over token t in place; return P [n, heads, K, V] and u [n, heads, 1, V]."""
-        _, k, v, alpha, beta, _ = self.token(t)
-        P = alpha * S
-        u = v - k.mT @ P
-        S.copy_(P).add_(k * (beta * u))
-        return P, u
-
-    def segment(self, first: int, S: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Move S in place over the segment that begins at token `first`; return what `advance` did, token by token."""
-        last = min(first + SEGMENT, self.runs.longest)
-        return [self.advance(t, S[: self.runs.running(t)]) for t in range(first, last)]
+    def recompute(self, rows: list[list[torch.Tensor]], S: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Move S in place over the tokens of a segment; return P and u of each."""
+        done = []
+        for _, k, v, alpha, beta, _ in rows:
+            here = S[: len(k)]
+            P = here.mul_(alpha.mT).clone()
+            u = v - k @ P
+            here.addcmul_(k.mT, beta * u)
+            done.append((P, u))
+        return done
 
     def back(self, S: torch.Tensor, dS: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of the states S that enter the runs, given dS for those that leave; both are kept."""
-        entering, S, dS = [], S.clone(), dS.clone()
-        for first in range(0, self.runs.longest, SEGMENT):
-            entering.append(S.clone())
-            self.segment(first, S)
-        for first in reversed(range(0, self.runs.longest, SEGMENT)):
-            done = self.segment(first, entering.pop())
-            for t in reversed(range(first, first + len(done))):
-                self.retreat(t, *done.pop(), dS[: self.runs.running(t)])
-        return dS
+        """Return the gradient of the states S [n, heads, K, V] that enter the runs, given dS of those that leave them."""
+        shape, segments, kept = S.shape, range(0, self.runs.longest, SEGMENT), []
+        S, dS = S.flatten(0, 1), dS.flatten(0, 1)
+        for first in segments:
+            kept.append(S.clone())
+            self.recompute(self.rows(first), S)
+        for first in reversed(segments):
+            rows = self.rows(first)
+            done = self.recompute(rows, kept.pop())
+            parts = [self.retreat(*rows.pop(), *done.pop(), dS) for _ in range(len(rows))]
+            self.write(first, parts[::-1])
+        return dS.view(shape)
 
-    def retreat(self, t: int, P: torch.Tensor, u: torch.Tensor, dS: torch.Tensor) -> None:
-        """Move dS back over token t in place and store the token's gradients: the equations above."""
-        q, k, _, alpha, beta, do = self.token(t)
-        delta = beta * u
-        dS += self.scale * q * do
-        dq = self.scale * ((P + k * delta) @ do.mT)
-        ddelta = k.mT @ dS
+    def retreat(self, q, k, v, alpha, beta, do, P, u, dS) -> tuple[torch.Tensor, ...]:
+        """Move dS in place back over one token; return dq, dk, dv, dg, dbeta: the equations above."""
+        dS, delta = dS[: len(q)], beta * u
+        dS.addcmul_(q.mT, self.scale * do)
+        dq = self.scale * (do @ torch.addcmul(P, k.mT, delta).mT)
+        ddelta = k @ dS
         du = beta * ddelta
-        dk = dS @ delta.mT - P @ du.mT
-        dbeta = (ddelta * u).sum((-1, -2))
-        dS -= k * du
-        dg = (dS * P).sum(-1)
-        dS *= alpha
-        rows = self.rows(t)
-        parts = (dq.squeeze(-1), dk.squeeze(-1), du.squeeze(-2), dg, dbeta)
-        for whole, part in zip(self.gradients, parts, strict=True):
-            whole[rows, self.heads] = part
+        dk = delta @ dS.mT - du @ P.mT
+        dbeta = (ddelta * u).sum(-1, keepdim=True)
+        dS.addcmul_(k.mT, du, value=-1)
+        dg = (dS * P).sum(-1).unsqueeze(1)
+        dS *= alpha.mT
+        return dq, dk, du, dg, dbeta
+
+    def write(self, first: int, parts: list[tuple[torch.Tensor, ...]]) -> None:
+        """Store the gradients of the tokens of the segment at `first`."""
+        n, heads = self.runs.running(first), self.heads.stop - self.heads.start
+        for whole, tokens in zip(self.gradients, zip(*parts, strict=True), strict=True):
+            block = tokens[0].new_zeros((len(tokens), n * heads, tokens[0].shape[-1]))
+            for place, rows in zip(block, tokens, strict=True):
+                place[: len(rows)] = rows.squeeze(1)
+            scatter(whole, block.view(len(tokens), n, heads, -1).transpose(0, 1), self.runs, first, self.heads)
