@@ -1,11 +1,15 @@
-"""Running error bounds along a case, in units of the roundoff: one step's rounding enters, the contraction carries it on.
+"""Running error bounds along a case, in units of the roundoff: one step's rounding enters, the contraction carries it
+on.
 
 For every token and value column j (columns of the state never mix):
 
-    e_t[j] = max(alpha_t) (e_{t-1}[j] + s_{t-1}[j]) + beta_t ||k_t|| (|v_tj| + ||k_t|| p_t[j]) + s_t[j]      s = ||S_t[:, j]||
-    d-side: the same for D_t = dL/dS_t, backwards; every gradient is a product of the two sides     p = ||alpha_t S_{t-1}[:, j]||
+    e_t[j] = max(alpha_t) (e_{t-1}[j] + s_{t-1}[j]) + beta_t ||k_t|| (|v_tj| + ||k_t|| p_t[j]) + s_t[j]      s =
+    ||S_t[:, j]||
+    d-side: the same for D_t = dL/dS_t, backwards; every gradient is a product of the two sides     p = ||alpha_t
+    S_{t-1}[:, j]||
 
-Names: e, s belong to S_t; f, d are error and size of D_t. All are norms, so the bounds are normwise and never amplified inside
+Names: e, s belong to S_t; f, d are error and size of D_t. All are norms, so the bounds are normwise and never amplified
+inside
 the domain, unlike a majorant of absolute values (25 orders of magnitude too large at slow decay).
 """
 
@@ -13,7 +17,9 @@ import numpy as np
 
 
 def forward(q, k, v, g, beta, S) -> dict[str, np.ndarray]:
-    """Walk [..., T, K] heads first. Returns per token: e, s of S_t and E, p of the decayed state [..., T, V], and states."""
+    """Walk [..., T, K] heads first. Returns per token: e, s of S_t and E, p of the decayed state [..., T, V], and
+    states.
+    """
     T, alpha = q.shape[-2], np.exp(g)
     e, s = np.zeros_like(S[..., 0, :]), np.linalg.norm(S, axis=-2)
     shape = v.shape
@@ -35,7 +41,9 @@ def forward(q, k, v, g, beta, S) -> dict[str, np.ndarray]:
 
 
 def backward(q, k, v, g, beta, scale: float, do, dS, sizes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Bound the errors of the gradients per row, from the sizes that `forward` returned. Units: one accumulator roundoff."""
+    """Bound the errors of the gradients per row, from the sizes that `forward` returned. Units: one accumulator
+    roundoff.
+    """
     T, alpha, D = q.shape[-2], np.exp(g), dS
     f, names = np.linalg.norm(dS, axis=-2), ("dq", "dk", "dv", "dg", "dbeta")
     out = {name: np.zeros(q.shape[:-1]) for name in names}

@@ -1,7 +1,9 @@
 """Input families: how each word of a recipe becomes numbers. Exact and seeded: the same bits on every machine.
 
-The families are those in which kernels have failed: near-collinear keys, gates that differ by head and channel, resets at the
-borders of chunks, minus infinity, beta at 0, 1 and 2, spikes. beta is shrunk after the cast so that beta*||k||^2 <= 2 holds.
+The families are those in which kernels have failed: near-collinear keys, gates that differ by head and channel, resets
+at the
+borders of chunks, minus infinity, beta at 0, 1 and 2, spikes. beta is shrunk after the cast so that beta*||k||^2 <= 2
+holds.
 """
 
 import numpy as np
@@ -54,7 +56,8 @@ def _keys(r: Recipe) -> np.ndarray:
     keys = _directions(r)
     if r.keys == "long" and (r.l2norm or r.sigmoid == "none"):
         return 3 * keys
-    # a beta of 2*sigmoid cannot be shrunk after the cast, so the keys are: rounding to bfloat16 may lengthen them by 2^-8
+    # a beta of 2*sigmoid cannot be shrunk after the cast, so the keys are: rounding to bfloat16 may lengthen them by
+    # 2^-8
     return keys * (1 - 2.0**-6) if r.sigmoid == "twice" and not r.l2norm else keys
 
 

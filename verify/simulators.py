@@ -1,7 +1,10 @@
-"""Slow runs of KDA that round exactly where a precision contract says: what a right implementation may lose, and no more.
+"""Slow runs of KDA that round exactly where a precision contract says: what a right implementation may lose, and no
+more.
 
-Two legal orders of operations, heads first ([..., T, K]): token by token (with its adjoint), and in chunks with the triangular
-solve of the WY form. Decays between two tokens are products of exp(g), so every gate down to minus infinity is legal. They
+Two legal orders of operations, heads first ([..., T, K]): token by token (with its adjoint), and in chunks with the
+triangular
+solve of the WY form. Decays between two tokens are products of exp(g), so every gate down to minus infinity is legal.
+They
 share nothing with `kda_spec`, and nothing with the implementations that they help to judge.
 """
 
@@ -34,7 +37,9 @@ class Rounding:
 
 
 def sequential(q, k, v, g, beta, S, scale: float, rounding: Rounding) -> tuple[np.ndarray, np.ndarray]:
-    """Run token by token. q, k, g [..., T, K], v [..., T, V], beta [..., T], S [..., K, V]; returns o and the last state."""
+    """Run token by token. q, k, g [..., T, K], v [..., T, V], beta [..., T], S [..., K, V]; returns o and the last
+    state.
+    """
     r = rounding.cast
     q, k, v, g, beta, S = (np.asarray(x, rounding.numpy) for x in (q, k, v, g, beta, S))
     alpha, o = np.exp(g), np.empty_like(v)
@@ -83,7 +88,7 @@ def adjoint(q, k, v, g, beta, S, scale: float, do, dS, rounding: Rounding) -> di
 
 
 def chunked(q, k, v, g, beta, S, scale: float, rounding: Rounding, C: int) -> tuple[np.ndarray, np.ndarray]:
-    """Run in chunks of C tokens, with the solve inside a chunk by forward substitution. Arguments as in `sequential`."""
+    """Run in chunks of C tokens, the solve inside a chunk by forward substitution. Arguments as in `sequential`."""
     q, k, v, g, beta, S = (np.asarray(x, rounding.numpy) for x in (q, k, v, g, beta, S))
     parts = [np.empty_like(v[..., :0, :])]
     for start in range(0, q.shape[-2], C):

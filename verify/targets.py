@@ -1,6 +1,7 @@
 """What is judged: a name from the table, a mutant, or anybody's `package.module:function` with FLA's signature.
 
-A target is called with torch tensors made from a case: values exact, each buffer inside guard bands of NaN so that a read past
+A target is called with torch tensors made from a case: values exact, each buffer inside guard bands of NaN so that a
+read past
 its ends shows, every allocation during the call poisoned with NaN so that an element never written shows.
 """
 
@@ -20,7 +21,9 @@ from impls.contracts import PrecisionContract
 from verify.cases import Case
 
 GUARD = 64
-"""Elements of NaN on both sides of every input buffer: 256 bytes in float32, which keeps the alignment that allocators give."""
+"""Elements of NaN on both sides of every input buffer: 256 bytes in float32, which keeps the alignment that allocators
+give.
+"""
 
 STANDARD = frozenset(
     {
@@ -48,7 +51,7 @@ class TargetError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """An implementation under judgement: FLA's signature, its precision contract by input dtype, and what it refuses."""
+    """An implementation under judgement: its function, its precision contract by input dtype, and what it refuses."""
 
     name: str
     function: Callable
@@ -86,7 +89,9 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def default_contract(dtype: str) -> PrecisionContract:
-    """Assume what kernels usually promise where nothing is declared: operands in the input dtype, sums and state in float32."""
+    """Assume what kernels usually promise where nothing is declared: operands in the input dtype, sums and state in
+    float32.
+    """
     wide = "float64" if dtype == "float64" else "float32"
     return PrecisionContract(dtype, wide, wide, wide, dtype, output=dtype)
 
@@ -101,7 +106,7 @@ def guarded(x: np.ndarray, dtype: str, device: str) -> torch.Tensor:
 def arguments(
     case: Case, target: Target, state_v_first: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """Make the tensors and the keywords of a call. Keywords at their default are left out, for callees that lack them."""
+    """Make the tensors and keywords of a call. Keywords at their default are left out, for callees that lack them."""
     make = {
         "q": (case.q, case.dtype),
         "k": (case.k, case.dtype),
@@ -216,7 +221,9 @@ def _gradients(
 
 @contextlib.contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """Fill every tensor that Python code allocates without a value (torch.empty and its kin) with NaN while this is active."""
+    """Fill every tensor that Python code allocates without a value (torch.empty and its kin) with NaN while this is
+    active.
+    """
     places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
     saved = [(owner, name, getattr(owner, name)) for owner, name in places]
     for owner, name, original in saved:

@@ -1,6 +1,9 @@
-"""One recipe against one target: the base call, the definition and the yardstick are computed once and shared by all properties."""
+"""One recipe against one target: the base call, the definition and the yardstick are computed once and shared by all
+properties.
+"""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +22,9 @@ from verify.yardstick import Yardstick, rows
 
 @dataclass(frozen=True)
 class Measure:
-    """One judged number: observed against allowed. `ratio` above 1 is a failure; bitwise claims have ratio 0 or infinity."""
+    """One judged number: observed against allowed. `ratio` above 1 is a failure; bitwise claims have ratio 0 or
+    infinity.
+    """
 
     what: str
     observed: float
@@ -35,6 +40,20 @@ class Measure:
         if self.allowed == 0:
             return 0.0 if self.observed == 0 else float("inf")
         return self.observed / self.allowed
+
+
+class TargetRaised(Exception):
+    """The target raised, or returned something else than (o, final_state); the message names what."""
+
+
+@contextlib.contextmanager
+def blame() -> Iterator[None]:
+    """Turn whatever comes out of a target into TargetRaised, so that the judge's own errors stay apart from it."""
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise TargetRaised(f"{type(error).__name__}: {first}") from error
 
 
 class Trial:
@@ -82,7 +101,8 @@ class Trial:
     def run(self, case: Case, **how) -> Result:
         """Call the target on a case, and count it."""
         self.runs += 1
-        return call(self.target, case, **how)
+        with blame():
+            return call(self.target, case, **how)
 
     def judge(
         self,
@@ -92,7 +112,7 @@ class Trial:
         limit: float | None = None,
         label: str = "",
     ) -> Iterable[Measure]:
-        """Measure every tensor's rows against what is exact, in units of the yardstick (this case's own, or another's)."""
+        """Measure every tensor's rows against what is exact, in units of this case's yardstick or another's."""
         yard = yard or self.yard
         for name, x in got.items():
             yield from against(
@@ -137,7 +157,9 @@ def against(
 
 
 def same_bits(what: str, got: torch.Tensor, expected: torch.Tensor) -> Measure:
-    """Measure equality of every bit that a value has (NaN equals NaN, 0 equals -0): observed is the number of differing elements."""
+    """Measure equality of every bit that a value has (NaN equals NaN, 0 equals -0): observed is the number of differing
+    elements.
+    """
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return Measure(
             f"{what}: {tuple(got.shape)} {got.dtype} for {tuple(expected.shape)} {expected.dtype}", float("inf"), 0

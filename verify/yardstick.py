@@ -1,13 +1,19 @@
-"""What an error is divided by. Gate Y: the error that legal roundings make in the same case; gate R: a bound never exceeded.
+"""What an error is divided by. Gate Y: the error that legal roundings make in the same case; gate R: a bound never
+exceeded.
 
-Y, per row (token and head; value column of a state), is the root mean square error of the simulators that round where the
-precision contract says. Its floor does not depend on the candidate: the median row, the rounding of the output, and the running
+Y, per row (token and head; value column of a state), is the root mean square error of the simulators that round where
+the
+precision contract says. Its floor does not depend on the candidate: the median row, the rounding of the output, and the
+running
 error bound of one accumulator rounding a step,
 
-    e_t = max(alpha_t) * (e_{t-1} + ||S_{t-1}||) + beta_t ||k_t|| (||v_t|| + ||k_t|| ||alpha_t S_{t-1}||) + ||S_t||   (times u)
+    e_t = max(alpha_t) * (e_{t-1} + ||S_{t-1}||) + beta_t ||k_t|| (||v_t|| + ||k_t|| ||alpha_t S_{t-1}||) + ||S_t||
+    (times u)
 
-which holds because ||(I - beta k k^T) Diag(alpha)|| <= max(alpha) inside the domain. The same recurrence per value column, in
-units of the operands' roundoff, is R (facts: Higham, Accuracy and Stability, chapter 3). No absolute tolerance anywhere: `tiny`
+which holds because ||(I - beta k k^T) Diag(alpha)|| <= max(alpha) inside the domain. The same recurrence per value
+column, in
+units of the operands' roundoff, is R (facts: Higham, Accuracy and Stability, chapter 3). No absolute tolerance
+anywhere: `tiny`
 is the spacing of the output dtype near zero.
 """
 
@@ -77,7 +83,7 @@ def through_activations(case: Case, grads: dict[str, np.ndarray]) -> dict[str, n
 
 
 def rows(name: str, x: np.ndarray) -> np.ndarray:
-    """View a tensor as rows [..., n] to be judged one by one: tokens and heads, value columns of states, single betas."""
+    """View a tensor as rows [..., n] that are judged one by one: tokens and heads, columns of states, single betas."""
     if name in ("S", "dS0"):
         return np.swapaxes(x, -1, -2)
     return x[..., None] if name in ("dbeta", "dA_log") else x
@@ -87,7 +93,8 @@ def rows(name: str, x: np.ndarray) -> np.ndarray:
 class Yardstick:
     """The definition's outputs of one case and, row by row, what errors in them are measured against.
 
-    exact[name] has the shape of the tensor, legal[name] and never[name] the shape of its rows; never (gate R) covers o and S.
+    exact[name] has the shape of the tensor, legal[name] and never[name] the shape of its rows; never (gate R) covers o
+    and S.
     """
 
     exact: dict[str, np.ndarray]
@@ -234,7 +241,7 @@ def _floors(case: Case, inputs: Inputs, contract: PrecisionContract, backward: b
 
 
 def _raw_floors(case: Case, inner: Case, floors: dict, grads: dict, u: float) -> dict[str, np.ndarray]:
-    """Carry the floors of gradients through the activations: |derivative| times floor, plus one rounding of every term."""
+    """Carry the floors of gradients through the activations: |derivative| * floor, plus a rounding of every term."""
     a, out = case.activation, dict(floors)
     if a.l2norm:
         for name, x in (("dq", case.q), ("dk", case.k)):
@@ -255,7 +262,9 @@ def _raw_floors(case: Case, inner: Case, floors: dict, grads: dict, u: float) ->
 
 
 def _gate_slopes(case: Case, inner: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray | float, np.ndarray]:
-    """Return |dg/dx|, |dg/dA_log|, what 1 - sigmoid leaves by cancellation in units of u, and |x + dt_bias|, [B, T, HV, K]."""
+    """Return |dg/dx|, |dg/dA_log|, what 1 - sigmoid leaves by cancellation in units of u, and |x + dt_bias|, [B, T, HV,
+    K].
+    """
     a, ones = case.activation, np.ones_like(case.g)
     argument = np.abs(case.g + np.reshape(a.dt_bias, (case.HV, case.K)))
     if a.gate == "softplus":

@@ -1,4 +1,6 @@
-"""Properties of the gradients of L = <do, o> + <dS_T, S_T>: identities on the kernel's own outputs, exact zeros, linearity."""
+"""Properties of the gradients of L = <do, o> + <dS_T, S_T>: identities on the kernel's own outputs, exact zeros,
+linearity.
+"""
 
 from collections.abc import Iterable
 
@@ -54,7 +56,8 @@ def adjoint_identity(trial: Trial) -> Iterable[Measure]:
 
 @claim("tolerance", _plain_gradients)
 def conservation_query(trial: Trial) -> Iterable[Measure]:
-    """Per token and head: <q_t, dq_t> = <o_t, do_t>, summed over the value heads of a group. Reference-free, at any length.
+    """Per token and head: <q_t, dq_t> = <o_t, do_t>, summed over the value heads of a group. Reference-free, at any
+    length.
 
     Would have caught: FLA #871 (strided do), a scale missing in dq, rows shifted between forward and backward.
     """
@@ -67,7 +70,8 @@ def conservation_query(trial: Trial) -> Iterable[Measure]:
 def conservation_key(trial: Trial) -> Iterable[Measure]:
     """Per token and head: <k_t, dk_t> = 2 beta_t dbeta_t - <v_t, dv_t>, summed over the value heads of a group.
 
-    It follows from (k, beta, v) -> (c k, beta/c^2, c v). Reference-free. Would have caught: FLA #863 (missing term of dbeta), #984.
+    It follows from (k, beta, v) -> (c k, beta/c^2, c v). Reference-free. Would have caught: FLA #863 (missing term of
+    dbeta), #984.
     """
     got, legal, case = trial.both.numbers(), trial.yard.legal, trial.case
     right = _grouped(trial, 2 * case.beta * got["dbeta"] - _dot(case.v, got["dv"]))
@@ -81,7 +85,8 @@ def conservation_key(trial: Trial) -> Iterable[Measure]:
 def conservation_gate(trial: Trial) -> Iterable[Measure]:
     """Per token and head: sum_c dg_t - sum_c dg_{t+1} = <o_t, do_t> - <v_t, dv_t>, where sum_c dg_{T+1} is <dS_T, S_T>.
 
-    Reference-free. Would have caught: FLA #1095, #1150 (reverse sums as total minus prefix), gates shifted by one token.
+    Reference-free. Would have caught: FLA #1095, #1150 (reverse sums as total minus prefix), gates shifted by one
+    token.
     """
     got, legal, case = trial.both.numbers(), trial.yard.legal, trial.case
     dg, width = np.sum(got["dg"], axis=-1), np.sqrt(case.K)
@@ -113,7 +118,8 @@ def gradient_causality(trial: Trial) -> Iterable[Measure]:
 def zero_gradient(trial: Trial) -> Iterable[Measure]:
     """do = 0 and dS_T = 0 give gradients that are exactly zero, not NaN.
 
-    Would have caught: uninitialised gradient buffers (FLA #862), inf * 0 in a backward under a finite forward (transformers #48455).
+    Would have caught: uninitialised gradient buffers (FLA #862), inf * 0 in a backward under a finite forward
+    (transformers #48455).
     """
     case = trial.case
     got = trial.run(case.but(do=np.zeros_like(case.do), dS=np.zeros_like(case.dS)), backward=True).numbers()
@@ -126,7 +132,8 @@ def zero_gradient(trial: Trial) -> Iterable[Measure]:
 def gradient_linearity(trial: Trial) -> Iterable[Measure]:
     """Gradients are linear in (do, dS_T): some tokens' do alone, the rest of do with dS_T, add up to all.
 
-    Covers do only and dS_T only. Would have caught: FLA #1141 (gradient of the state alone), terms that assume do is present.
+    Covers do only and dS_T only. Would have caught: FLA #1141 (gradient of the state alone), terms that assume do is
+    present.
     """
     case = trial.case
     first = trial.dice("part").integers(0, 2, (case.T, 1, 1)) == 1

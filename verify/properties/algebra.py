@@ -1,4 +1,6 @@
-"""Properties of the map (v, S_0) -> (o, S_T) and of its symmetries. Those by powers of two and signs need no tolerance at all."""
+"""Properties of the map (v, S_0) -> (o, S_T) and of its symmetries. Those by powers of two and signs need no tolerance
+at all.
+"""
 
 from collections.abc import Iterable
 
@@ -39,7 +41,8 @@ def _large_values(trial: Trial) -> bool:
 def scaling_values(trial: Trial) -> Iterable[Measure]:
     """Multiplying v and S_0 by 2^m multiplies o and S_T by 2^m, bit for bit, under any rounding policy.
 
-    Would have caught: absolute epsilons and clamps inside, zeros that pass a tolerance (KernelBench #165), a state that is not carried.
+    Would have caught: absolute epsilons and clamps inside, zeros that pass a tolerance (KernelBench #165), a state that
+    is not carried.
     """
     case, m = trial.case, _exponent(trial)
     factor = 2.0**m
@@ -199,7 +202,8 @@ def value_slices(trial: Trial) -> Iterable[Measure]:
 def linearity(trial: Trial) -> Iterable[Measure]:
     """F is linear in (v, S_0) jointly: the tokens of v in two parts, S_0 with the first, add up.
 
-    The parts are selections, so every input stays exactly representable. Would have caught: a state ignored in the pseudo-values (GPU MODE #127).
+    The parts are selections, so every input stays exactly representable. Would have caught: a state ignored in the
+    pseudo-values (GPU MODE #127).
     """
     case = trial.case
     first = trial.dice("part").integers(0, 2, (case.B, case.T, 1, 1)) == 1

@@ -1,4 +1,4 @@
-"""Properties that compare with the definition in float64, directly or through a closed form that needs no recurrence."""
+"""Properties that compare with the float64 definition, directly or through a closed form that needs no recurrence."""
 
 from collections.abc import Iterable
 
@@ -44,7 +44,8 @@ def reference_backward(trial: Trial) -> Iterable[Measure]:
 def dplr_equality(trial: Trial) -> Iterable[Measure]:
     """KDA is general DPLR with a = beta k, b = k exp(g), v <- beta v (section 6.2): the same outputs, within rounding.
 
-    Would have caught: wrong sides or signs in a mapping between the two families (FLA writes a, b of DPLR and RWKV7 differently).
+    Would have caught: wrong sides or signs in a mapping between the two families (FLA writes a, b of DPLR and RWKV7
+    differently).
     """
     case = trial.case
     q, k, g = case.per_value_head(case.q), case.per_value_head(case.k), case.g
@@ -65,7 +66,8 @@ def deltanet(trial: Trial) -> Iterable[Measure]:
 
 @claim("tolerance", plain)
 def gated_deltanet(trial: Trial) -> Iterable[Measure]:
-    """With one gate per token and head, equal over channels, KDA is Gated DeltaNet: S_t = alpha_t (S - beta k k^T S) + beta k v^T.
+    """With one gate per token and head, equal over channels, KDA is Gated DeltaNet: S_t = alpha_t (S - beta k k^T S) +
+    beta k v^T.
 
     Would have caught: FLA #781 (head 0's gates read for every head), a gate applied one token late.
     """
@@ -104,9 +106,11 @@ def beta_zero(trial: Trial) -> Iterable[Measure]:
 
 @claim("tolerance", plain)
 def exact_recall(trial: Trial) -> Iterable[Measure]:
-    """With beta_t = 1, a unit key and q_t = k_t the read returns what was written: o_t = scale * v_t, for any gate and state.
+    """With beta_t = 1, a unit key and q_t = k_t the read returns what was written: o_t = scale * v_t, for any gate and
+    state.
 
-    Keys are one-hot, so that the norm is exactly 1. Would have caught: a causal mask that is strict where it must not be,
+    Keys are one-hot, so that the norm is exactly 1. Would have caught: a causal mask that is strict where it must not
+    be,
     attention-gym #465 (an update that silently does not happen), errors in the diagonal of the triangular solve.
     """
     base = trial.case
@@ -121,7 +125,8 @@ def exact_recall(trial: Trial) -> Iterable[Measure]:
 def same_key_merge(trial: Trial) -> Iterable[Measure]:
     """With g = 0 and a unit key, two writes of one value merge: beta_1, beta_2 act as 1 - (1 - beta_1)(1 - beta_2).
 
-    So beta = 1 is idempotent and beta = 2 twice is the identity. Would have caught: (I + L)^-1 replaced by I - L, a Neumann series cut short.
+    So beta = 1 is idempotent and beta = 2 twice is the identity. Would have caught: (I + L)^-1 replaced by I - L, a
+    Neumann series cut short.
     """
     base, dice = trial.case.tokens(0, 1), trial.dice("merge")
     keys = np.eye(base.K)[np.full(base.q.shape[:-1], dice.integer(0, base.K))]
@@ -145,7 +150,8 @@ def _last_twice(apart: np.ndarray, merged: np.ndarray) -> np.ndarray:
 def orthogonal_commute(trial: Trial) -> Iterable[Measure]:
     """With g = 0, two tokens with orthogonal keys commute: swapping them leaves S.
 
-    Would have caught: sums over tokens that depend on order (strict lower instead of all earlier), shuffled rows inside a tile.
+    Would have caught: sums over tokens that depend on order (strict lower instead of all earlier), shuffled rows inside
+    a tile.
     """
     base = trial.case
     start = np.broadcast_to(base.q[:, :1], (base.B, 2, base.H, base.K)).copy()
@@ -170,7 +176,8 @@ def orthogonal_commute(trial: Trial) -> Iterable[Measure]:
 def residual(trial: Trial) -> Iterable[Measure]:
     """What is held at k_T after the write: k^T S_T = (1 - beta ||k||^2) k^T Diag(alpha) S_{T-1} + beta ||k||^2 v_T^T.
 
-    Reference-free, on the kernel's own states. Would have caught: state read transposed (vLLM #41292), a last row dropped (FLA #1143).
+    Reference-free, on the kernel's own states. Would have caught: state read transposed (vLLM #41292), a last row
+    dropped (FLA #1143).
     """
     case, last = trial.case, trial.case.T - 1
     S, before = trial.forward.numbers()["S"], trial.run(case.tokens(0, last)).numbers()["S"]

@@ -10,7 +10,7 @@ from verify.cases import Case
 from verify.claims import claim, every, takes, tokens, unpacked
 from verify.families import materialise
 from verify.targets import arguments, call_tensors
-from verify.trial import Measure, Trial, same_bits
+from verify.trial import Measure, Trial, blame, same_bits
 
 STREAMS = ("q", "k", "v", "g", "beta")
 
@@ -26,7 +26,8 @@ def _stranger(trial: Trial) -> Case:
 def causality(trial: Trial) -> Iterable[Measure]:
     """Changing q, k, v, g, beta after token i leaves every bit of o up to i, at fixed T.
 
-    Would have caught: FLA #1240 (gates anchored at a future row: prefix outputs changed in 24 to 30 of 68 runs, all within tolerance).
+    Would have caught: FLA #1240 (gates anchored at a future row: prefix outputs changed in 24 to 30 of 68 runs, all
+    within tolerance).
     """
     case, other = trial.case, _stranger(trial)
     tail = [t for _, t in case.sequences() if t.stop > t.start]
@@ -74,7 +75,8 @@ def _mine_unchanged(trial: Trial, fill: str) -> Iterable[Measure]:
 def neighbours(trial: Trial) -> Iterable[Measure]:
     """What other sequences and heads contain does not reach a single bit of this one's results.
 
-    Would have caught: FLA #781 (another head's gates), states crossing sequences, vLLM #45819 (batch dependence by content).
+    Would have caught: FLA #781 (another head's gates), states crossing sequences, vLLM #45819 (batch dependence by
+    content).
     """
     yield from _mine_unchanged(trial, "other")
 
@@ -83,7 +85,8 @@ def neighbours(trial: Trial) -> Iterable[Measure]:
 def nan_stays(trial: Trial) -> Iterable[Measure]:
     """NaN in other sequences and heads stays there.
 
-    Would have caught: 0 * NaN under a multiplied mask, tail loads of a tile that reach into the next sequence (FLA #792).
+    Would have caught: 0 * NaN under a multiplied mask, tail loads of a tile that reach into the next sequence (FLA
+    #792).
     """
     yield from _mine_unchanged(trial, "nan")
 
@@ -190,11 +193,13 @@ def state_v_first(trial: Trial) -> Iterable[Measure]:
 def purity(trial: Trial) -> Iterable[Measure]:
     """Inputs, and the memory around them, are untouched; the final state does not share memory with the initial one.
 
-    Would have caught: onnxruntime #32166 (aliased continuation state), an op that destroys v, triton #6547 (updates applied twice).
+    Would have caught: onnxruntime #32166 (aliased continuation state), an op that destroys v, triton #6547 (updates
+    applied twice).
     """
     tensors, keywords = arguments(trial.case, trial.target)
     before = {name: _storage(x).clone() for name, x in tensors.items()}
-    result = call_tensors(trial.target, trial.case, tensors, keywords)
+    with blame():
+        result = call_tensors(trial.target, trial.case, tensors, keywords)
     for name, x in tensors.items():
         yield Measure(f"{name} untouched", float((before[name] != _storage(x)).sum()), 0, x.numel())
     inputs = {x.untyped_storage().data_ptr() for x in tensors.values()}
@@ -212,7 +217,8 @@ def _storage(x: torch.Tensor) -> torch.Tensor:
 def determinism(trial: Trial) -> Iterable[Measure]:
     """Equal inputs give equal bits, forward and backward, in repeated calls.
 
-    Would have caught: FLA #945 and triton #9871 (races: 30 hashes in 30 runs), atomics in reductions, uninitialised memory.
+    Would have caught: FLA #945 and triton #9871 (races: 30 hashes in 30 runs), atomics in reductions, uninitialised
+    memory.
     """
     base = trial.both if trial.differentiable else trial.forward
     for _ in range(2):

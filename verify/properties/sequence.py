@@ -24,7 +24,8 @@ def _continue(trial: Trial, case: Case, cuts: list[int]) -> dict[str, np.ndarray
 def split(trial: Trial) -> Iterable[Measure]:
     """Running [0, s) and then [s, T) from the state in between equals one run, for any s, 0 and T included.
 
-    Bitwise where the contract claims it. Would have caught: sglang #31474 (garbage state snapshots), FLA #1146, states stored in bfloat16.
+    Bitwise where the contract claims it. Would have caught: sglang #31474 (garbage state snapshots), FLA #1146, states
+    stored in bfloat16.
     """
     case, empty = trial.case, "T = 0" not in trial.target.refused
     low, high = (0, case.T + 1) if empty else (1, case.T)
@@ -55,7 +56,8 @@ def chunk_invariance(trial: Trial) -> Iterable[Measure]:
 def prefill_decode(trial: Trial) -> Iterable[Measure]:
     """Decoding token by token with the state handed on equals one prefill.
 
-    Would have caught: FlashKDA's dispatch that ignores allow_neg_eigval in prefill only, transposed states between two kernels.
+    Would have caught: FlashKDA's dispatch that ignores allow_neg_eigval in prefill only, transposed states between two
+    kernels.
     """
     parts = _continue(trial, trial.case, list(range(trial.case.T + 1)))
     yield from trial.judge(parts, trial.yard.exact)
@@ -86,7 +88,8 @@ def varlen_separate(trial: Trial) -> Iterable[Measure]:
 def empty_sequence(trial: Trial) -> Iterable[Measure]:
     """A sequence without tokens passes its state through as a copy, bit for bit; o has no rows.
 
-    Would have caught: FLA fused_recurrent (final state never written when T = 0), vLLM #53731 (corrupted cache), flash-attention #1537.
+    Would have caught: FLA fused_recurrent (final state never written when T = 0), vLLM #53731 (corrupted cache),
+    flash-attention #1537.
     """
     base = trial.case
     state = trial.dice("S0").normal(base.dS.shape)
@@ -105,7 +108,8 @@ def empty_sequence(trial: Trial) -> Iterable[Measure]:
 def null_token(trial: Trial) -> Iterable[Measure]:
     """A token with beta = 0 and g = 0 changes nothing for the others, whatever finite q, k, v it carries.
 
-    So time shifts and right padding are harmless. Would have caught: padding rows that leak, ATOM #1842, off-by-one anchors (FLA #1085).
+    So time shifts and right padding are harmless. Would have caught: padding rows that leak, ATOM #1842, off-by-one
+    anchors (FLA #1085).
     """
     case, dice = trial.case, trial.dice("null")
     at = dice.integer(0, case.T + 1)
@@ -139,9 +143,11 @@ def _reset_at(trial: Trial, value: float) -> Iterable[Measure]:
 
 @claim("tolerance", every(plain, takes("g = -inf")))
 def reset(trial: Trial) -> Iterable[Measure]:
-    """A gate of minus infinity forgets everything: outputs from that token on equal a fresh start from S = 0, and are never NaN.
+    """A gate of minus infinity forgets everything: outputs from that token on equal a fresh start from S = 0, and are
+    never NaN.
 
-    Would have caught: inf - inf in cumulated gates, 0 * inf under a mask (transformers #48455), every kernel that divides decays.
+    Would have caught: inf - inf in cumulated gates, 0 * inf under a mask (transformers #48455), every kernel that
+    divides decays.
     """
     yield from _reset_at(trial, -np.inf)
 
@@ -150,7 +156,8 @@ def reset(trial: Trial) -> Iterable[Measure]:
 def finite_reset(trial: Trial) -> Iterable[Measure]:
     """A gate of -1000 forgets like minus infinity: exp underflows to 0.
 
-    Would have caught: cumulated gates whose differences lose all bits (error 3.5e-3 at 58 such tokens), FlashKDA #7, flashinfer #5032.
+    Would have caught: cumulated gates whose differences lose all bits (error 3.5e-3 at 58 such tokens), FlashKDA #7,
+    flashinfer #5032.
     """
     yield from _reset_at(trial, -1000.0)
 

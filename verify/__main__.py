@@ -1,0 +1,320 @@
+"""Judge implementations of Kimi Delta Attention against the float64 definition."""
+
+import argparse
+import shlex
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from impls.table import IMPLEMENTATIONS
+from verify import display, records, replay, session
+from verify.claims import KINDS
+from verify.plan import PROFILES, Plan
+from verify.properties import PROPERTIES
+from verify.recipes import DTYPES
+
+EPILOG = """\
+targets    a name from the table (--list), all, cpu (what runs there), or anybody's kernel as package.module:function
+with the
+           signature of flash-linear-attention's chunk_kda. Default: everything in the table that runs on the device.
+exit code  0 pass, 1 a property failed, 2 usage, 3 nothing ran, 4 a mutant survived, 5 nondeterministic, 6 crash, 130
+interrupted
+
+examples   python -m verify                                           our implementations, a minute
+           python -m verify mypackage.kernels:chunk_kda               yours
+           python -m verify recurrent_torch --property causality,split --dtype bfloat16 --max-examples 500
+           python -m verify --explain causality
+           python -m verify --replay verify-results/FILE.json         see a failure again
+"""
+
+
+class UsageError(Exception):
+    """The command line asks for something that does not exist; the message says what was expected."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, checked."""
+
+    targets: tuple[str, ...]
+    device: str
+    profile: str
+    properties: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    seed: int
+    examples: int
+    config: str | None
+    contract: str | None
+    json: Path | None
+    out: Path
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m verify",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("targets", nargs="*", metavar="TARGET", help="what to judge (see below)")
+    profiles = "; ".join(f"{x.name}: {x.summary}" for x in PROFILES.values())
+    p.add_argument("--profile", choices=PROFILES, default="quick", help=f"how much to try (default quick). {profiles}")
+    p.add_argument(
+        "--device", default="cpu", help="cpu, cuda:N, or interpret (Triton's interpreter, no GPU needed); default cpu"
+    )
+    p.add_argument("--property", metavar="NAME,...", help="only these properties (--list names them)")
+    p.add_argument("--dtype", metavar="NAME,...", help=f"input dtypes out of {', '.join(DTYPES)}; default by profile")
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="which recipes are drawn (default 0); equal seeds, equal recipes",
+    )
+    p.add_argument("--max-examples", type=int, metavar="N", help="recipes per dtype instead of the profile's number")
+    p.add_argument("--config", metavar="FILE", help="judge one launch configuration: a JSON object of its fields")
+    p.add_argument(
+        "--contract",
+        choices=DTYPES,
+        help="assume this operand precision of a package.module:function, whatever the inputs",
+    )
+    p.add_argument(
+        "--json", metavar="FILE", type=Path, help="write records there, one JSON line per case as it happens"
+    )
+    p.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("verify-results"),
+        help="where failing cases go (default verify-results)",
+    )
+    p.add_argument(
+        "--replay",
+        metavar="FILE",
+        type=Path,
+        help="run one failing case again; name a foreign target on the command line too",
+    )
+    p.add_argument("--list", action="store_true", help="list implementations and properties")
+    p.add_argument(
+        "--explain", metavar="PROPERTY", help="equation, precondition, tolerance and the bugs that it would have caught"
+    )
+    p.add_argument("--self-test", action="store_true", help="judge the judge: every planted bug must be found")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    console = Console()
+    try:
+        return _command(parser().parse_args(argv), console)
+    except UsageError as error:
+        print(f"python -m verify: {error}", file=sys.stderr)
+        return session.USAGE
+    except KeyboardInterrupt:
+        print("interrupted: records written so far are kept", file=sys.stderr)
+        return session.INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return session.CRASH
+
+
+def _command(args: argparse.Namespace, console: Console) -> int:
+    if args.list:
+        return _list(console)
+    if args.explain:
+        return _explain(args.explain, console)
+    if args.replay:
+        return _replay(args, console)
+    options = _options(args)
+    if args.self_test:
+        from verify import selftest
+
+        return selftest.run(console, options.seed, options.json)
+    return _judge(options, console)
+
+
+def _names(text: str | None, known: tuple[str, ...], what: str) -> tuple[str, ...]:
+    names = tuple(x for x in (text or "").split(",") if x)
+    unknown = [x for x in names if x not in known]
+    if unknown:
+        raise UsageError(f"unknown {what} {', '.join(unknown)}; known are {', '.join(known)}")
+    return names
+
+
+def _options(args: argparse.Namespace) -> Options:
+    profile = PROFILES[args.profile]
+    if args.max_examples is not None and args.max_examples < 1:
+        raise UsageError(f"--max-examples must be at least 1, got {args.max_examples}")
+    kind = args.device.split(":")[0]
+    if kind not in ("cpu", "cuda", "interpret"):
+        raise UsageError(f"--device must be cpu, cuda:N or interpret, got {args.device}")
+    if args.config and not Path(args.config).is_file():
+        raise UsageError(f"--config {args.config}: no such file")
+    return Options(
+        targets=_targets(args.targets, kind),
+        device=args.device,
+        profile=args.profile,
+        properties=_names(args.property, tuple(p.name for p in PROPERTIES), "property"),
+        dtypes=_names(args.dtype, DTYPES, "dtype") or profile.dtypes,
+        seed=args.seed,
+        examples=args.max_examples or profile.examples,
+        config=args.config,
+        contract=args.contract,
+        json=args.json,
+        out=args.out,
+    )
+
+
+def _targets(asked: list[str], kind: str) -> tuple[str, ...]:
+    here = [impl.name for impl in IMPLEMENTATIONS if kind in impl.devices]
+    groups = {
+        "all": [impl.name for impl in IMPLEMENTATIONS],
+        "cpu": [i.name for i in IMPLEMENTATIONS if "cpu" in i.devices],
+    }
+    known = {impl.name for impl in IMPLEMENTATIONS}
+    names: dict[str, None] = {}
+    for target in asked or [None]:
+        chosen = here if target is None else groups.get(target, [target])
+        if target and target not in groups and target not in known and ":" not in target:
+            raise UsageError(
+                f"unknown target {target}; known are {', '.join(sorted(known))}, all, cpu, or package.module:function"
+            )
+        names |= dict.fromkeys(chosen)
+    return tuple(names)
+
+
+def _judge(options: Options, console: Console) -> int:
+    plans = [_plan(options, name) for name in options.targets]
+    expected = {plan.target: plan.examples * len(plan.dtypes) for plan in plans}
+    with _stream(options.json) as stream, display.progress(console, expected) as show:
+        if stream:
+            records.write(
+                stream,
+                "run",
+                versions=records.versions(),
+                device=options.device,
+                profile=options.profile,
+                seed=options.seed,
+                arguments=sys.argv[1:],
+            )
+
+        def listen(record: dict) -> None:
+            if stream:
+                stream.write(records.line(record))
+                stream.flush()
+            show(record)
+
+        verdicts = list(session.run([[plan] for plan in plans], listen).values())
+    code = session.exit_code([v.code for v in verdicts])
+    _show(verdicts, options, console)
+    if options.json:
+        with options.json.open("a") as stream:
+            records.write(stream, "summary", code=code, targets={v.target: v.code for v in verdicts})
+    return code
+
+
+def _plan(options: Options, name: str) -> Plan:
+    return Plan(
+        target=name,
+        device=options.device,
+        profile=options.profile,
+        dtypes=options.dtypes,
+        seed=options.seed,
+        examples=options.examples,
+        properties=options.properties,
+        config=options.config,
+        contract=options.contract,
+    )
+
+
+def _stream(path: Path | None):
+    from contextlib import nullcontext
+
+    if path is None:
+        return nullcontext()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w")
+
+
+def _show(verdicts: list[session.Verdict], options: Options, console: Console) -> None:
+    judged = [v for v in verdicts if v.cells]
+    if judged:
+        console.print(display.verdict_table(judged))
+    if not verdicts:
+        console.print(f"nothing ran: no implementation in the table runs on {options.device} (--list shows devices)")
+    for verdict in verdicts:
+        if verdict.broken:
+            console.print(display.broken(verdict))
+        if verdict.seen:
+            console.print(display.counts(verdict, options.device))
+            console.print(display.terms(verdict))
+        for line in display.probes(verdict):
+            console.print(line)
+        for failure in verdict.failures:
+            console.print(display.failure(failure, _command_for(options.out, failure)), soft_wrap=True)
+
+
+def _command_for(out: Path, failure: dict) -> str:
+    path = replay.save(out, failure)
+    foreign = f"{failure['target']} " if ":" in failure["target"] else ""
+    return f"python -m verify {foreign}--replay {shlex.quote(str(path))}"
+
+
+def _list(console: Console) -> int:
+    console.print("[bold]implementations")
+    for impl in IMPLEMENTATIONS:
+        console.print(f"  {impl.name:18} {', '.join(impl.devices):10} {', '.join(impl.dtypes)}  {impl.summary}")
+    console.print("[bold]properties")
+    for prop in PROPERTIES:
+        console.print(
+            f"  {prop.name:22} {prop.kind:10} {prop.explanation.splitlines()[0]}", markup=False, soft_wrap=True
+        )
+    return session.PASS
+
+
+def _explain(name: str, console: Console) -> int:
+    _names(name, tuple(p.name for p in PROPERTIES), "property")
+    prop = next(p for p in PROPERTIES if p.name == name)
+    console.print(f"{prop.name} ({prop.kind}: {KINDS[prop.kind]})\n", markup=False)
+    console.print(prop.explanation, markup=False, soft_wrap=True)
+    return session.PASS
+
+
+def _replay(args: argparse.Namespace, console: Console) -> int:
+    try:
+        failure = replay.load(args.replay)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if ":" in failure["target"] and not failure["target"].startswith("mutant:") and args.targets != [failure["target"]]:
+        raise UsageError(
+            f"the file names {failure['target']}: code is imported only when you name it yourself: "
+            f"python -m verify {failure['target']} --replay {args.replay}"
+        )
+    plan = Plan(
+        target=failure["target"],
+        device=failure["device"],
+        profile="quick",
+        dtypes=(),
+        seed=0,
+        examples=1,
+        properties=(failure["property"].removesuffix(records.INFINITE),),
+        config=failure["config"],
+        contract=failure["contract"],
+        recipe=failure["recipe"],
+    )
+    verdict = session.run([[plan]], lambda record: None)[plan.target]
+    if verdict.broken:
+        console.print(display.broken(verdict))
+    for found in verdict.failures:
+        console.print(display.failure(found, None), soft_wrap=True)
+    if verdict.code == session.PASS:
+        console.print(f"pass: {failure['target']} :: {failure['property']} holds on this case now")
+    return verdict.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

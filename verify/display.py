@@ -1,0 +1,161 @@
+"""What a person sees: progress while workers judge, the table of verdicts, findings with their replay commands."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from verify import coverage
+from verify.properties import PROPERTIES
+from verify.recipes import from_json, words
+from verify.records import INFINITE
+from verify.session import Cell, Listener, Verdict
+
+PROMISE = "no counterexample in {cases} cases of these families, under the stated precision contracts, on {device}"
+
+
+@contextmanager
+def progress(console: Console, expected: dict[str, int]) -> Iterator[Listener]:
+    """Show a bar for every target (its recipes out of `expected`) and the worst ratio so far; yields a listener of
+    records.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks = {name: bars.add_task(escape(name), total=total, state="starting") for name, total in expected.items()}
+        worst = dict.fromkeys(expected, 0.0)
+
+        def listen(record: dict) -> None:
+            name = record["target"]
+            if record["kind"] == "case":
+                ratios = [float(r["ratio"]) for r in record["results"].values()]
+                worst[name] = max(worst[name], *ratios, 0.0) if ratios else worst[name]
+                bars.update(tasks[name], advance=1, state=f"worst {_short(worst[name])}")
+            elif record["kind"] == "failure":
+                bars.update(tasks[name], state=f"shrunk {record['property']}")
+            elif record["kind"] in ("target", "crash", "usage"):
+                bars.update(tasks[name], completed=expected[name], state=record["kind"].replace("target", "done"))
+
+        yield listen
+
+
+def _short(ratio: float) -> str:
+    return "inf" if math.isinf(ratio) else f"{ratio:.2f}"
+
+
+def verdict_table(verdicts: list[Verdict]) -> Table:
+    """Build the table: property by implementation, worst measure in units of its limit, number of cases."""
+    table = Table(
+        title="worst error in units of its limit (1.00 fails), cases in brackets", title_justify="left", pad_edge=False
+    )
+    table.add_column("property")
+    for verdict in verdicts:
+        table.add_column(escape(verdict.target), justify="right")
+    for prop in PROPERTIES:
+        cells = [v.cells.get(prop.name) for v in verdicts]
+        if any(cells):
+            table.add_row(prop.name, *(_cell(cell, prop.kind) for cell in cells))
+    apart = [{n: c for n, c in v.cells.items() if n.endswith(INFINITE)} for v in verdicts]
+    if any(apart):
+        table.add_section()
+        table.add_row("with gates of -inf", *(_summed(cells) for cells in apart))
+    table.add_section()
+    table.add_row("[bold]verdict", *(_verdict(v) for v in verdicts))
+    return table
+
+
+def _cell(cell: Cell | None, kind: str) -> str:
+    if cell is None:
+        return "[dim]-"
+    if cell.ratio > 1:
+        return f"[bold red]FAIL {_short(cell.ratio)}[/] [dim]({cell.cases})"
+    shown = _short(cell.ratio) if kind == "tolerance" else "exact"
+    return f"[green]{shown}[/] [dim]({cell.cases})"
+
+
+def _summed(cells: dict[str, Cell]) -> str:
+    if not cells:
+        return "[dim]-"
+    failing = sorted(n.removesuffix(INFINITE) for n, c in cells.items() if c.ratio > 1)
+    if failing:
+        more = f" and {len(failing) - 2} more" if len(failing) > 2 else ""
+        return f"[bold red]FAIL {', '.join(failing[:2])}{more}"
+    return f"[green]{_short(max(c.ratio for c in cells.values()))}[/] [dim]({max(c.cases for c in cells.values())})"
+
+
+def _verdict(verdict: Verdict) -> str:
+    if verdict.broken:
+        return "[bold red]NOT JUDGED" if verdict.broken["kind"] == "usage" else "[bold red]CRASH"
+    failing = sum(cell.ratio > 1 for cell in verdict.cells.values())
+    if any(not f["steady"] for f in verdict.failures):
+        return "[bold red]NONDETERMINISTIC"
+    if failing or verdict.ignored:
+        return f"[bold red]FAIL ({failing + len(verdict.ignored)})"
+    return "[bold green]pass" if verdict.cells else "[yellow]nothing ran"
+
+
+def counts(verdict: Verdict, device: str) -> str:
+    """Say in one line how much was tried, and what was not."""
+    done = verdict.counts or {}
+    tried = f"{verdict.seen} cases, {done.get('rows', 0):,} rows compared, {done.get('runs', 0):,} calls"
+    text = f"[bold]{escape(verdict.target)}[/]: {tried}"
+    if discarded := done.get("discarded"):
+        text += f", {discarded} checks had nothing to compare"
+    if verdict.done and verdict.done["dtypes_refused"]:
+        text += f"; dtypes not taken: {', '.join(verdict.done['dtypes_refused'])}"
+    if verdict.code == 0:
+        text += f"\n  {PROMISE.format(cases=verdict.seen, device=device)}"
+    return text
+
+
+def probes(verdict: Verdict) -> Iterator[str]:
+    """Say what a foreign target refuses or ignores, with the share of the recipe space that this takes away."""
+    for p in verdict.probes:
+        if p["outcome"] == "supported":
+            continue
+        share = "" if p["share"] is None else f", {p['share']:.0%} of the recipe space"
+        words_ = {"refused": "[yellow]UNSUPPORTED", "ignored": "[bold red]IGNORED", "wrong": "[bold red]WRONG"}[
+            p["outcome"]
+        ]
+        yield f"  {words_}[/] {escape(p['axis'])}: {escape(p['reason'] or '')}{share}"
+
+
+def terms(verdict: Verdict) -> str:
+    """Say in how many cases each term of the recurrence was exercised."""
+    parts = []
+    for term in coverage.TERMS:
+        changes = verdict.coverage.get(term, [])
+        seen = sum(change > coverage.SEEN for change in changes)
+        parts.append(f"{term} {seen}/{verdict.seen}" if seen else f"[bold red]{term} NOT TESTED[/]")
+    return "  term coverage (cases where leaving it out shows): " + ", ".join(parts)
+
+
+def failure(record: dict, command: str | None) -> str:
+    """Describe a failure: property, smallest case, observed and allowed, how to see it again."""
+    flaky = "" if record["steady"] else "  [bold red]NONDETERMINISTIC[/]: it passed when the same case ran again\n"
+    return (
+        f"[bold red]FAIL[/] {escape(record['target'])} :: {record['property']}\n"
+        f"  {escape(words(from_json(record['recipe'])))}\n{flaky}"
+        f"  {escape(record['what'])} {escape(record['where'])}: observed {_figure(record['observed'])}, "
+        f"allowed {_figure(record['allowed'])}" + (f"\n  {escape(command)}" if command else "")
+    )
+
+
+def _figure(x: float | str) -> str:
+    return f"{float(x):.3g}"
+
+
+def broken(verdict: Verdict) -> str:
+    """Describe a crash, or a target that could not be judged as named."""
+    record = verdict.broken
+    trace = f"\n{escape(record['trace'].strip())}" if record["kind"] == "crash" and record.get("trace") else ""
+    return f"[bold red]{record['kind'].upper()}[/] {escape(verdict.target)}: {escape(record['reason'])}{trace}"

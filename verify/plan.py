@@ -1,0 +1,72 @@
+"""What is to be run: profiles with their sizes, and the plan of one target that a worker process gets."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is tried: recipes per dtype, the longest sequence, the work of one case (B*HV*T*K*V), attempts at
+    shrinking.
+    """
+
+    name: str
+    summary: str
+    examples: int
+    tokens: int
+    work: int
+    shrinks: int
+    dtypes: tuple[str, ...]
+    pursue: bool = False
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("smoke", "does it run at all: seconds", 6, 17, 50_000, 60, ("float32",)),
+        Profile(
+            "quick", "before every commit: under a minute on two cores", 32, 33, 200_000, 150, ("float32", "bfloat16")
+        ),
+        Profile(
+            "ci", "before every merge: minutes", 200, 65, 400_000, 300, ("float32", "bfloat16", "float16", "float64")
+        ),
+        Profile(
+            "deep",
+            "before every release: hours; Hypothesis steers towards larger errors",
+            5000,
+            130,
+            2_000_000,
+            1000,
+            ("float32", "bfloat16", "float16", "float64"),
+            pursue=True,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a worker needs to judge one target; JSON values only."""
+
+    target: str
+    device: str
+    profile: str
+    dtypes: tuple[str, ...]
+    seed: int
+    examples: int
+    properties: tuple[str, ...] = ()
+    config: str | None = None
+    contract: str | None = None
+    recipe: dict | None = None
+    """Judge this one recipe only, without drawing: a replay."""
+    kills: int = 0
+    """Stop after so many failing recipes, without shrinking: the self-test needs to know that a mutant dies, not how.
+    """
+
+    def to_json(self) -> dict:
+        """Return a dictionary of JSON values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict) -> "Plan":
+        """Read a plan back."""
+        return Plan(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})

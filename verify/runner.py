@@ -1,0 +1,254 @@
+"""Judge one target: draw recipes, run every property on each, shrink what fails. This is what a worker process does."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+
+from verify import coverage, mutants, probe, records
+from verify.claims import Property
+from verify.plan import PROFILES, Plan
+from verify.properties import PROPERTIES
+from verify.recipes import AXES, DTYPES, Recipe, from_json, recipes
+from verify.targets import Target, resolve
+from verify.trial import Measure, TargetRaised, Trial
+
+Emit = Callable[..., None]
+
+
+class _Falsified(Exception):
+    """Tells Hypothesis that a recipe fails."""
+
+
+class _Enough(Exception):
+    """Ends a run early: a mutant has been killed often enough."""
+
+
+@dataclass
+class Found:
+    """The first failure of a property under a regime, with how it can be met again."""
+
+    property: Property
+    recipe: Recipe
+    measure: Measure
+
+
+def judge(plan: Plan, emit: Emit) -> None:
+    """Run a plan; `emit(kind, **fields)` receives every record."""
+    target = _target(plan, emit)
+    if plan.recipe:
+        _judge_one(plan, target, emit)
+        return
+    chosen = [p for p in PROPERTIES if not plan.properties or p.name in plan.properties]
+    counts = {"cases": 0, "rows": 0, "runs": 0, "discarded": 0}
+    refused = [d for d in plan.dtypes if d not in target.dtypes]
+    for dtype in plan.dtypes:
+        if dtype in target.dtypes:
+            found = _generate(plan, target, chosen, dtype, counts, emit)
+            for name, failure in found.items() if not plan.kills else ():
+                _report(plan, target, name, failure, emit)
+    emit("target", target=plan.target, counts=counts, refused=dict(target.refused), dtypes_refused=refused)
+
+
+def _judge_one(plan: Plan, target: Target, emit: Emit) -> None:
+    """Judge the plan's own recipe on its one property, and report what comes out as `judge` does."""
+    recipe, prop = from_json(plan.recipe), next(p for p in PROPERTIES if p.name == plan.properties[0])
+    worst = _worst(prop, target, recipe)
+    results = {} if worst is None else {prop.name: records.outcome(worst)}
+    trial = Trial(target, recipe)
+    emit(
+        "case",
+        target=plan.target,
+        device=plan.device,
+        recipe=plan.recipe,
+        inputs=trial.case.digest(),
+        results=results,
+        coverage={},
+    )
+    if worst is not None and worst.ratio > 1:
+        emit(
+            "failure",
+            target=plan.target,
+            device=plan.device,
+            property=prop.name,
+            recipe=plan.recipe,
+            steady=True,
+            inputs=trial.case.digest(),
+            config=plan.config,
+            contract=plan.contract,
+            **records.outcome(worst),
+        )
+    emit(
+        "target",
+        target=plan.target,
+        counts={"cases": 1, "rows": 0, "runs": 1, "discarded": 0},
+        refused={},
+        dtypes_refused=[],
+    )
+
+
+def load(plan: Plan) -> Target:
+    """Find the target of a plan."""
+    if plan.target.startswith("mutant:"):
+        return mutants.target_of(mutants.find(plan.target.removeprefix("mutant:")))
+    return resolve(plan.target, plan.device, Path(plan.config) if plan.config else None, plan.contract)
+
+
+def _target(plan: Plan, emit: Emit) -> Target:
+    target = load(plan)
+    if not target.foreign:
+        return target
+    probes = probe.probe(target)
+    for p in probes:
+        emit("probe", target=plan.target, axis=p.axis, outcome=p.outcome, reason=p.reason, share=p.share)
+    return probe.restrict(target, probes)
+
+
+def _strategy(plan: Plan, target: Target, dtype: str):
+    profile = PROFILES[plan.profile]
+    drawn = recipes((dtype,), tokens=profile.tokens, work=profile.work, chunks=target.chunks)
+    return drawn.map(lambda recipe: neutral(recipe, target))
+
+
+def neutral(recipe: Recipe, target: Target) -> Recipe:
+    """Return the recipe's neutral form along every axis that the target refuses."""
+    for axis in target.refused:
+        recipe = AXES[axis](recipe) if axis in AXES else recipe
+    return recipe
+
+
+def _settings(examples: int, *phases: Phase) -> settings:
+    return settings(
+        max_examples=examples,
+        phases=phases,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        print_blob=False,
+        report_multiple_bugs=False,
+        verbosity=Verbosity.quiet,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def _generate(
+    plan: Plan, target: Target, chosen: list[Property], dtype: str, counts: dict, emit: Emit
+) -> dict[str, Found]:
+    found: dict[str, Found] = {}
+    failing_recipes = set()
+
+    @hypothesis.seed(_seed(plan, dtype))
+    @_settings(plan.examples, Phase.generate)
+    @given(_strategy(plan, target, dtype))
+    def every_property_on(recipe: Recipe) -> None:
+        trial = Trial(target, recipe)
+        results = {}
+        for name, prop, measures in _measured(trial, chosen):
+            worst = max(measures, key=lambda m: m.ratio, default=None)
+            if worst is None:
+                counts["discarded"] += 1
+                continue
+            counts["rows"] += sum(m.rows for m in measures)
+            results[name] = records.outcome(worst)
+            if worst.ratio > 1:
+                failing_recipes.add(recipe)
+                found.setdefault(name, Found(prop, recipe, worst))
+        counts["cases"] += 1
+        counts["runs"] += trial.runs
+        emit(
+            "case",
+            target=plan.target,
+            device=plan.device,
+            recipe=recipe.to_json(),
+            inputs=trial.case.digest(),
+            results=results,
+            coverage=coverage.covered(trial.case, trial.yard),
+        )
+        if PROFILES[plan.profile].pursue:
+            _steer(results)
+        if plan.kills and len(failing_recipes) >= plan.kills:
+            raise _Enough
+
+    with contextlib.suppress(_Enough):
+        every_property_on()
+    return found
+
+
+def _seed(plan: Plan, dtype: str) -> int:
+    return plan.seed * len(DTYPES) + DTYPES.index(dtype)
+
+
+def _steer(results: dict[str, dict]) -> None:
+    finite = [r["ratio"] for r in results.values() if isinstance(r["ratio"], float) and r["ratio"] > 0]
+    if finite:
+        hypothesis.target(math.log10(max(finite)), label="worst ratio")
+
+
+def _measured(trial: Trial, chosen: list[Property]) -> Iterator[tuple[str, Property, list[Measure]]]:
+    suffix = records.INFINITE if trial.recipe.infinite else ""
+    for prop in chosen:
+        if prop.applies(trial):
+            yield prop.name + suffix, prop, check(prop, trial)
+
+
+def check(prop: Property, trial: Trial) -> list[Measure]:
+    """Measure a property; an exception out of the target is a failure of it, one of our own is not caught."""
+    try:
+        return list(prop.check(trial))
+    except TargetRaised as error:
+        return [Measure(f"raised {error}", math.inf, 0)]
+
+
+def _worst(prop: Property, target: Target, recipe: Recipe) -> Measure | None:
+    trial = Trial(target, recipe)
+    if not prop.applies(trial):
+        return None
+    return max(check(prop, trial), key=lambda m: m.ratio, default=None)
+
+
+def _report(plan: Plan, target: Target, name: str, found: Found, emit: Emit) -> None:
+    again = _worst(found.property, target, found.recipe)
+    steady = again is not None and again.ratio > 1
+    recipe, measure = _shrink(plan, target, name, found) if steady else (found.recipe, found.measure)
+    emit(
+        "failure",
+        target=plan.target,
+        device=plan.device,
+        property=name,
+        recipe=recipe.to_json(),
+        steady=steady,
+        inputs=Trial(target, recipe).case.digest(),
+        config=plan.config,
+        contract=plan.contract,
+        **records.outcome(measure),
+    )
+
+
+def _shrink(plan: Plan, target: Target, name: str, found: Found) -> tuple[Recipe, Measure]:
+    """Let Hypothesis meet the failure again and make it small, within a number of attempts."""
+    best, seen, attempts = (found.recipe, found.measure), {}, 0
+
+    def failing(recipe: Recipe) -> Measure | None:
+        nonlocal attempts
+        if recipe not in seen and name.endswith(records.INFINITE) == recipe.infinite:
+            attempts += any(seen.values())
+            worst = _worst(found.property, target, recipe) if attempts <= PROFILES[plan.profile].shrinks else None
+            seen[recipe] = worst if worst is not None and worst.ratio > 1 else None
+        return seen.get(recipe)
+
+    @hypothesis.seed(_seed(plan, found.recipe.dtype))
+    @_settings(plan.examples, Phase.generate, Phase.shrink)
+    @given(_strategy(plan, target, found.recipe.dtype))
+    def holds(recipe: Recipe) -> None:
+        nonlocal best
+        if worst := failing(recipe):
+            best = recipe, worst
+            raise _Falsified
+
+    with contextlib.suppress(_Falsified):
+        holds()
+    return best
