@@ -26,7 +26,8 @@ class PrecisionContract:
         length          the first tokens' outputs do not depend on how many tokens follow
         layout          strides, storage offsets and expanded inputs do not matter
         value_slices    a slice of the value channels gives the slice of the results
-        split           cutting a sequence anywhere and passing the state on changes nothing
+        split           cutting a sequence and passing the state on in the state's format changes nothing, wherever it
+                        is cut, or at multiples of the chunk where there are chunks
     """
 
     operand: str

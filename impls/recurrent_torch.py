@@ -49,14 +49,13 @@ def _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_st
     runs, dtype, heads = runs_of(B, T, bounds_of(cu_seqlens, T)), compute_dtype(v), slice(0, HV)
     states, o = States(initial_state, q, v, cu_seqlens, runs, state_interval), v.new_empty(v.shape)
     tokens, S = [flat(x) for x in (q, k, v, g, beta)], states.take(runs, heads)
-    rows = runs.interval_rows(state_interval) if state_interval else ()
     for first in range(0, runs.longest, BLOCK_TOKENS):
         L = min(BLOCK_TOKENS, runs.longest - first)
         blocks = [by_token(x, runs, first, L, heads, HV, dtype) for x in tokens]
         out = torch.empty_like(blocks[2])
         for t in range(L):
             n = runs.running(first + t)
-            states.keep(S[:n], rows, first + t, heads)
+            states.keep(S[:n], runs, first + t, heads)
             out[t, :n] = _all_heads(S[:n], [x[t, :n] for x in blocks])
         scatter(flat(o), out.mul_(scale).transpose(0, 1), runs, first, heads)
     states.put(S, runs, heads)

@@ -47,14 +47,6 @@ class Runs:
         """Return some of the runs, in this order."""
         return Runs(self.starts[runs], self.lengths[runs], self.order[runs])
 
-    def interval_rows(self, interval: int) -> tuple[int, ...]:
-        """Return for each run where its states go when one is kept every `interval` tokens, in the caller's order."""
-        rows, total = {}, 0
-        for place, length in sorted(zip(self.order, self.lengths, strict=True)):
-            rows[place] = total
-            total += -(-length // interval)
-        return tuple(rows[place] for place in self.order)
-
 
 def runs_of(B: int, T: int, bounds: list[int] | None) -> Runs:
     """Return the runs of a batch [B, T], or of one row packed at `bounds` (N + 1 positions from 0 to T)."""
@@ -120,10 +112,10 @@ def by_token(x: torch.Tensor, runs: Runs, first: int, L: int, heads: slice, HV: 
     return block
 
 
-def by_head(x: torch.Tensor, runs: Runs, first: int, L: int, heads: slice, HV: int, dtype, n: int) -> torch.Tensor:
-    """Return the block as [n, heads, L, channels'], for products over tokens; n may exceed the running runs."""
+def by_head(x: torch.Tensor, runs: Runs, first: int, L: int, heads: slice, HV: int, dtype) -> torch.Tensor:
+    """Return the block as [n, heads, L, channels'], for products over tokens."""
     x, channels = _channels(x)
-    block = x.new_zeros((n, heads.stop - heads.start, L, channels), dtype=dtype)
+    block = x.new_zeros((runs.running(first), heads.stop - heads.start, L, channels), dtype=dtype)
     _gather(block.transpose(1, 2), x, runs, first, heads, HV)
     return block
 

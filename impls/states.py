@@ -21,11 +21,13 @@ class States:
             self.final = v.new_zeros(shape, dtype=dtype)
         else:
             self.final = initial_state.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        self.interval, self.kept = interval, v.new_empty(0)
+        self.interval, self.kept, self.first_row = interval, v.new_empty(0), {}
         if interval:
-            total = sum(-(-length // interval) for length in runs.lengths)
-            rows = total // v.shape[0] if v.shape[0] else 0
-            self.kept = v.new_empty((v.shape[0], rows, *shape[1:]))
+            total = 0
+            for place, length in sorted(zip(runs.order, runs.lengths, strict=True)):
+                self.first_row[place] = total
+                total += -(-length // interval)
+            self.kept = v.new_empty((v.shape[0], total // max(1, v.shape[0]), *shape[1:]))
 
     def take(self, runs: Runs, heads: slice) -> torch.Tensor:
         """Return a copy of the states of some runs and heads, with null channels: [n, heads, K', V']."""
@@ -38,12 +40,9 @@ class States:
         K, V = self.final.shape[-2:]
         self.final[list(runs.order), heads] = S[..., :K, :V]
 
-    def keep(self, S: torch.Tensor, rows: tuple[int, ...], first: int, heads: slice) -> None:
-        """Keep the states S [n, heads, K', V'] that enter token `first`, where that begins an interval.
-
-        rows: `Runs.interval_rows` of these runs.
-        """
+    def keep(self, S: torch.Tensor, runs: Runs, first: int, heads: slice) -> None:
+        """Keep the states S [n, heads, K', V'] that enter token `first` of the first n runs, if that begins an interval."""
         if self.interval and first % self.interval == 0:
             K, V = self.final.shape[-2:]
-            places = [row + first // self.interval for row in rows[: len(S)]]
+            places = [self.first_row[place] + first // self.interval for place in runs.order[: len(S)]]
             self.kept.flatten(0, 1)[places, heads] = S[..., :K, :V].to(self.kept.dtype)

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from impls.checks import MAX_HEAD_DIM
-from impls.contracts import PrecisionContract, at_least_float32
+from impls.configs import CHUNK_SIZES
+from impls.contracts import BITWISE_CLAIMS, PrecisionContract, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ def _recurrent_torch() -> Callable:
     return recurrent_torch
 
 
+def _chunk_torch() -> Callable:
+    from impls.chunk_torch import chunk_torch
+
+    return chunk_torch
+
+
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 IMPLEMENTATIONS: tuple[Impl, ...] = (
@@ -68,11 +75,21 @@ IMPLEMENTATIONS: tuple[Impl, ...] = (
         name="recurrent_torch",
         summary="token by token in torch; the decode step",
         load=_recurrent_torch,
-        contract=lambda dtype: at_least_float32(dtype, bitwise=frozenset()),
+        contract=lambda dtype: at_least_float32(dtype, bitwise=BITWISE_CLAIMS),
         devices=("cpu", "cuda"),
         dtypes=_FLOATS,
         backward=True,
         chunk_sizes=None,
+    ),
+    Impl(
+        name="chunk_torch",
+        summary="chunk by chunk in torch, in the tree form; eager or compiled",
+        load=_chunk_torch,
+        contract=lambda dtype: at_least_float32(dtype, bitwise=BITWISE_CLAIMS - {"value_slices"}),
+        devices=("cpu", "cuda"),
+        dtypes=_FLOATS,
+        backward=True,
+        chunk_sizes=CHUNK_SIZES,
     ),
 )
 
