@@ -1,14 +1,18 @@
 """Implementations of Kimi Delta Attention: the public ops, and the table of what can be chosen by name."""
 
+from impls.configs import ChunkTorchConfig
 from impls.contracts import PrecisionContract, unit_roundoff
-from impls.ops import fused_recurrent_kda
+from impls.ops import chunk_kda, fused_recurrent_kda, kda
 from impls.table import IMPLEMENTATIONS, Impl, find
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "ChunkTorchConfig",
     "Impl",
     "PrecisionContract",
+    "chunk_kda",
     "find",
     "fused_recurrent_kda",
+    "kda",
     "unit_roundoff",
 ]

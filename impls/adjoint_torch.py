@@ -73,7 +73,7 @@ class _Walk:
         return done
 
     def back(self, S: torch.Tensor, dS: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of the states S [n, heads, K, V] that enter the runs, given dS of those that leave them."""
+        """Return the gradient of the states S [n, heads, K, V] that enter the runs, given dS of those that leave."""
         shape, segments, kept = S.shape, range(0, self.runs.longest, SEGMENT), []
         S, dS = S.flatten(0, 1), dS.flatten(0, 1)
         for first in segments:

@@ -137,7 +137,7 @@ def check_flags(use_beta_sigmoid_in_kernel: bool, allow_neg_eigval: bool) -> Non
 
 
 def check_intermediate(return_intermediate_states: bool, state_interval: int, chunk_size: int, tensors) -> None:
-    """Check that intermediate states can be had: a positive multiple of the chunk as interval, and nothing to differentiate."""
+    """Check that intermediate states can be had: the interval a multiple of the chunk, nothing to differentiate."""
     if not isinstance(state_interval, int) or state_interval < 1:
         raise ValueError(f"state_interval must be a positive number of tokens, got {state_interval!r}")
     if not return_intermediate_states:
@@ -145,4 +145,6 @@ def check_intermediate(return_intermediate_states: bool, state_interval: int, ch
     if state_interval % chunk_size:
         raise ValueError(f"state_interval must be a multiple of the chunk size {chunk_size}, got {state_interval}")
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        raise ValueError("return_intermediate_states=True needs torch.no_grad() or inference mode, got inputs that require grad")
+        raise ValueError(
+            "return_intermediate_states=True needs torch.no_grad() or inference mode, got inputs that require grad"
+        )

@@ -34,6 +34,9 @@ from impls.states import States
 SMALLEST_PRODUCT = 8
 """Groups below this many late tokens share one product, of which the blocks on the diagonal are used."""
 
+COMPILED_SHAPES = 256
+"""How many combinations of channels, dtype and configuration one process may compile."""
+
 
 def chunk_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     """Return (o [B, T, HV, V], final state [N, HV, K, V] or None); arguments as `impls.chunk_kda`.
@@ -120,6 +123,13 @@ def _compiled():
     return torch.compile(block, fullgraph=True, dynamic=False)
 
 
+def _compiled_block(*arguments):
+    """Run the compiled block; beyond 8 shapes dynamo would refuse, and shapes are few but more than that."""
+    compiled = _compiled()
+    with torch._dynamo.config.patch(recompile_limit=COMPILED_SHAPES):
+        return compiled(*arguments)
+
+
 class _Walk:
     """Walk over some runs and heads, block by block."""
 
@@ -145,13 +155,14 @@ class _Walk:
         return min(self.L, -(-left // C) * C)
 
     def run(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the block as configured; a compiled one in one shape and one mode, or every other would be compiled too."""
-        M, missing = len(inputs[0]), self.config.heads - len(inputs[0])
+        """Run the block as configured; a compiled one in one shape, or every other would be compiled too."""
         if not self.config.compile:
             return block(*inputs, self.config.chunk_size)
+        M, missing = len(inputs[0]), self.config.heads - len(inputs[0])
         with torch.inference_mode(False), torch.no_grad():
             inputs = [torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) for x in inputs]
-            return tuple(x[:M].clone() for x in _compiled()(*inputs, self.config.chunk_size))
+            o, S = _compiled_block(*inputs, self.config.chunk_size)
+            return o[:M].clone(), S[:M]
 
 
 def _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch):

@@ -16,7 +16,7 @@ class ChunkTorchConfig:
     heads: int = 16
     """Pairs of a sequence and a head worked on at a time: a bound on the workspace, no influence on the bits."""
     compile: bool = False
-    """Run the block through torch.compile: seconds to minutes for the first block, about 2.5 times faster after that."""
+    """Run the block through torch.compile: compiling takes seconds to a minute for each shape of block."""
 
 
 def invalid(config: ChunkTorchConfig) -> str | None:

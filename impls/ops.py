@@ -6,6 +6,9 @@ import torch
 
 from impls.table import find
 
+DECODE_TOKENS = 16
+"""Up to this many tokens the recurrent form is the faster one: a chunk is worked on whole."""
+
 
 def _renamed(state_v_first: bool, transpose_state_layout: bool | None) -> bool:
     """Return the state layout that was asked for, under its name or its old one (DeprecationWarning)."""
@@ -13,8 +16,116 @@ def _renamed(state_v_first: bool, transpose_state_layout: bool | None) -> bool:
         return state_v_first
     if state_v_first:
         raise ValueError("state_v_first and transpose_state_layout are the same argument: expected one, got both")
-    warnings.warn("transpose_state_layout is now state_v_first", DeprecationWarning, stacklevel=3)
+    warnings.warn("transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=3)
     return transpose_state_layout
+
+
+def _refuse_elsewhere(cp_context, use_graph: bool, max_num_seqs: int | None) -> None:
+    """Refuse what these implementations cannot do, rather than ignore it."""
+    if cp_context is not None:
+        raise ValueError(
+            "cp_context must be None: to split a sequence over devices pass each part's final_state on as the next "
+            f"part's initial_state, got {type(cp_context).__name__}"
+        )
+    if use_graph:
+        raise ValueError("use_graph must be False: cu_seqlens is read on the host here, got use_graph=True")
+    if max_num_seqs is not None:
+        raise ValueError(f"max_num_seqs must be None without use_graph=True, got {max_num_seqs}")
+
+
+def chunk_kda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    disable_recompute: bool = False,
+    return_intermediate_states: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    cp_context: object | None = None,
+    use_graph: bool = False,
+    max_num_seqs: int | None = None,
+    *,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    state_interval: int = 64,
+    transpose_state_layout: bool | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Run Kimi Delta Attention chunk by chunk: for training and prefill.
+
+        S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T,   o_t = scale * S_t^T q_t
+
+    K and V are independent, from 1 to 256; T = 0 and empty sequences pass the state through, as a copy.
+
+    Args:
+        q, k: queries and keys [B, T, H, K], float64, float32, bfloat16 or float16.
+        v: values [B, T, HV, V] in q's dtype; HV a multiple of H, value head h uses query head h // (HV // H).
+        g: log decays [B, T, HV, K], natural logarithm, at most 0, -inf allowed; raw gates with use_gate_in_kernel.
+        beta: write strengths [B, T, HV], with 0 <= beta |k|^2 <= 2; logits with use_beta_sigmoid_in_kernel.
+        scale: factor of the outputs; K^-1/2 where None.
+        initial_state: [N, HV, K, V], float32, bfloat16 or float16, float64 too for float64 inputs; 0 where None.
+        output_final_state: whether to return the final state.
+        use_qk_l2norm_in_kernel: replace q and k by x / sqrt(sum x^2 + 1e-6).
+        use_gate_in_kernel: replace g by -exp(A_log) softplus(g + dt_bias), or with a lower bound by
+            lower_bound * sigmoid(exp(A_log) (g + dt_bias)), A_log = 0 where None.
+        use_beta_sigmoid_in_kernel: replace beta by sigmoid(beta); with allow_neg_eigval by 2 sigmoid(beta).
+        safe_gate: accepted, changes nothing: any gate is safe here.
+        lower_bound: negative; see use_gate_in_kernel, without which it changes nothing.
+        disable_recompute: accepted, changes nothing: the backward always recomputes.
+        return_intermediate_states: also return the states that enter every `state_interval` tokens; not differentiable.
+        state_v_first: states are [N, HV, V, K]; transpose_state_layout is the old name (DeprecationWarning).
+        cu_seqlens: [N + 1] int64 or int32, rising from 0 to T: B = 1 and N sequences packed along T; cu_seqlens_cpu is
+            its copy on the CPU.
+        cp_context, use_graph, max_num_seqs: must keep their defaults.
+        A_log: HV elements. dt_bias: HV * K elements.
+        chunk_size: 16, 32, 64 or 128; None for the default.
+        state_interval: a multiple of the chunk size.
+
+    Returns:
+        o [B, T, HV, V] in q's dtype; the final state [N, HV, K, V] in float32 (float64 for float64 inputs) or None; and
+        with return_intermediate_states h [B, NT, HV, K, V] in q's dtype, NT counting the intervals of every sequence.
+
+    Raises:
+        TypeError: an unknown keyword, a dtype that is not supported. ValueError: everything else, with what was
+        expected and what came. Values of tensors are not checked, those of cu_seqlens excepted.
+    """
+    _refuse_elsewhere(cp_context, use_graph, max_num_seqs)
+    return find("chunk_torch").call(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        safe_gate=safe_gate,
+        lower_bound=lower_bound,
+        return_intermediate_states=return_intermediate_states,
+        state_v_first=_renamed(state_v_first, transpose_state_layout),
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        chunk_size=chunk_size,
+        state_interval=state_interval,
+    )
 
 
 def fused_recurrent_kda(
@@ -38,7 +149,10 @@ def fused_recurrent_kda(
     *,
     transpose_state_layout: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run Kimi Delta Attention token by token, as in decoding; arguments and results as `chunk_kda`."""
+    """Run Kimi Delta Attention token by token, as in decoding; differentiable too.
+
+    Args, returns and raises are those of `chunk_kda`, in the order of flash-linear-attention's function of this name.
+    """
     return find("recurrent_torch").call(
         q,
         k,
@@ -58,3 +172,35 @@ def fused_recurrent_kda(
         state_v_first=_renamed(state_v_first, transpose_state_layout),
         cu_seqlens=cu_seqlens,
     )
+
+
+def kda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    implementation: str | None = None,
+    config: object | None = None,
+    **keywords,
+) -> tuple[torch.Tensor, ...]:
+    """Run Kimi Delta Attention with the implementation of that name, or with the one that fits these inputs.
+
+    keywords: those of `chunk_kda` from scale to state_interval that `Impl.call` takes; an unknown one is a TypeError.
+    config: a launch configuration of the implementation, which must then be named. Raises KeyError for an unknown name,
+    ValueError for a config without a name, and what the implementation raises: there is no fallback.
+    """
+    if implementation is None:
+        if config is not None:
+            raise ValueError(f"implementation must be named where a config is given, got None and {config!r}")
+        implementation = chosen(q, keywords.get("chunk_size"))
+    return find(implementation).call(q, k, v, g, beta, config=config, **keywords)
+
+
+def chosen(q: torch.Tensor, chunk_size: int | None = None) -> str:
+    """Return the name of the implementation that `kda` takes for queries q [B, T, H, K] where none is named.
+
+    Packed sequences count with their sum: to look at each length would mean to wait for the device.
+    """
+    return "recurrent_torch" if chunk_size is None and q.shape[1] <= DECODE_TOKENS else "chunk_torch"

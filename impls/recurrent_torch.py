@@ -4,8 +4,8 @@
     S_t = P_t + beta_t k_t (v_t - P_t^T k_t)^T
     o_t = scale * S_t^T q_t
 
-One state per sequence and value head is kept in float32 (float64 for float64 inputs) and updated in place; all sequences
-that still run take a step together. Memory is inputs, outputs, the states, and the inputs of 64 tokens.
+One state per sequence and value head is kept in float32 (float64 for float64 inputs) and updated in place; all
+sequences that still run take a step together. Memory is inputs, outputs, the states, and the inputs of 64 tokens.
 """
 
 import torch

@@ -63,9 +63,7 @@ def register(name: str, forward: Callable, backward: Callable) -> Callable:
         state_interval: int,
         launch: Sequence[int],
     ) -> Tensors3:
-        return forward(
-            q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch
-        )
+        return forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch)
 
     @torch.library.custom_op(f"kda_forge::{name}_backward", mutates_args=())
     def backward_op(
@@ -89,9 +87,7 @@ def register(name: str, forward: Callable, backward: Callable) -> Callable:
     return op
 
 
-def _fake_forward(
-    q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch
-):
+def _fake_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch):
     state = state_shape(q, v, cu_seqlens) if output_final_state else (0,)
     kept = _kept_states(q, v, cu_seqlens, state_interval) if state_interval else (0,)
     return v.new_empty(v.shape), v.new_empty(state, dtype=compute_dtype(v)), v.new_empty(kept)

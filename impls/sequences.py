@@ -75,7 +75,9 @@ def flat(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-def _pieces(x: torch.Tensor, block: torch.Tensor, runs: Runs, first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _pieces(
+    x: torch.Tensor, block: torch.Tensor, runs: Runs, first: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield matching views [n, tokens, heads, channels] of x and of block, token `first` of each run onwards."""
     n, L, T = runs.running(first), block.shape[1], runs.longest
     if n and runs.adjacent:
@@ -96,7 +98,7 @@ def _gather(block: torch.Tensor, x: torch.Tensor, runs: Runs, first: int, heads:
 
 
 def _channels(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return x [B * T, heads, channels] and the channels of its blocks; a scalar per head is one channel, never padded."""
+    """Return x [B * T, heads, channels] and the channels of its blocks; a number per head is one channel, never padded."""
     return (x.unsqueeze(-1), 1) if x.ndim == 2 else (x, padded(x.shape[-1]))
 
 

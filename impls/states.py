@@ -41,7 +41,7 @@ class States:
         self.final[list(runs.order), heads] = S[..., :K, :V]
 
     def keep(self, S: torch.Tensor, runs: Runs, first: int, heads: slice) -> None:
-        """Keep the states S [n, heads, K', V'] that enter token `first` of the first n runs, if that begins an interval."""
+        """Keep the states S [n, heads, K', V'] that enter token `first` of n runs, if that begins an interval."""
         if self.interval and first % self.interval == 0:
             K, V = self.final.shape[-2:]
             places = [self.first_row[place] + first // self.interval for place in runs.order[: len(S)]]
