@@ -18,7 +18,7 @@ SMALLEST_STEP = {
     "float16": 2.0**-24,
     "tf32": 2.0**-126,
     "float32": 2.0**-126,
-    "float64": 2.0**-1022,
+    "float64": 2.0**-500,
 }
 """Absolute spacing below which a dtype stops resolving; kernels may flush float32 and bfloat16 subnormals to zero."""
 

@@ -16,7 +16,6 @@ class Profile:
     work: int
     shrinks: int
     dtypes: tuple[str, ...]
-    pursue: bool = False
 
 
 PROFILES = {
@@ -31,13 +30,12 @@ PROFILES = {
         ),
         Profile(
             "deep",
-            "before every release: hours; Hypothesis steers towards larger errors",
+            "before every release: hours",
             5000,
             130,
             2_000_000,
             1000,
             ("float32", "bfloat16", "float16", "float64"),
-            pursue=True,
         ),
     )
 }

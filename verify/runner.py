@@ -6,14 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import hypothesis
-from hypothesis import HealthCheck, Phase, Verbosity, given, settings
-
 from verify import coverage, mutants, probe, records
 from verify.claims import Property
 from verify.plan import PROFILES, Plan
 from verify.properties import PROPERTIES
-from verify.recipes import AXES, DTYPES, Recipe, from_json, recipes
+from verify.recipes import AXES, DTYPES, Recipe, draw, drawn, from_json, recipes
 from verify.targets import Target, resolve
 from verify.trial import Measure, TargetRaised, Trial
 
@@ -24,10 +21,6 @@ class _Falsified(Exception):
     """Tells Hypothesis that a recipe fails."""
 
 
-class _Enough(Exception):
-    """Ends a run early: a mutant has been killed often enough."""
-
-
 @dataclass
 class Found:
     """The first failure of a property under a regime, with how it can be met again."""
@@ -35,6 +28,7 @@ class Found:
     property: Property
     recipe: Recipe
     measure: Measure
+    number: int
 
 
 def judge(plan: Plan, emit: Emit) -> None:
@@ -121,71 +115,62 @@ def neutral(recipe: Recipe, target: Target) -> Recipe:
     return recipe
 
 
-def _settings(examples: int, *phases: Phase) -> settings:
-    return settings(
-        max_examples=examples,
-        phases=phases,
-        database=None,
-        deadline=None,
-        derandomize=False,
-        print_blob=False,
-        report_multiple_bugs=False,
-        verbosity=Verbosity.quiet,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
 def _generate(
     plan: Plan, target: Target, chosen: list[Property], dtype: str, counts: dict, emit: Emit
 ) -> dict[str, Found]:
+    """Judge recipe after recipe; returns the first failure of every property."""
     found: dict[str, Found] = {}
-    failing_recipes = set()
-
-    @hypothesis.seed(_seed(plan, dtype))
-    @_settings(plan.examples, Phase.generate)
-    @given(_strategy(plan, target, dtype))
-    def every_property_on(recipe: Recipe) -> None:
-        trial = Trial(target, recipe)
-        results = {}
-        for name, prop, measures in _measured(trial, chosen):
-            worst = max(measures, key=lambda m: m.ratio, default=None)
-            if worst is None:
-                counts["discarded"] += 1
-                continue
-            counts["rows"] += sum(m.rows for m in measures)
-            results[name] = records.outcome(worst)
-            if worst.ratio > 1:
-                failing_recipes.add(recipe)
-                found.setdefault(name, Found(prop, recipe, worst))
-        counts["cases"] += 1
-        counts["runs"] += trial.runs
-        emit(
-            "case",
-            target=plan.target,
-            device=plan.device,
-            recipe=recipe.to_json(),
-            inputs=trial.case.digest(),
-            results=results,
-            coverage=coverage.covered(trial.case, trial.yard),
-        )
-        if PROFILES[plan.profile].pursue:
-            _steer(results)
-        if plan.kills and len(failing_recipes) >= plan.kills:
-            raise _Enough
-
-    with contextlib.suppress(_Enough):
-        every_property_on()
+    strategy, killed = _strategy(plan, target, dtype), 0
+    for number in range(plan.examples):
+        recipe = drawn(strategy, _seed(plan, dtype, number))
+        failures = _judge_case(plan, Trial(target, recipe), chosen, counts, emit)
+        for prop, name, worst in failures:
+            found.setdefault(name, Found(prop, recipe, worst, number))
+        killed += bool(failures)
+        if plan.kills and killed >= plan.kills:
+            break
     return found
 
 
-def _seed(plan: Plan, dtype: str) -> int:
-    return plan.seed * len(DTYPES) + DTYPES.index(dtype)
+def _judge_case(
+    plan: Plan, trial: Trial, chosen: list[Property], counts: dict, emit: Emit
+) -> list[tuple[Property, str, Measure]]:
+    results, gates, failures = {}, {}, []
+    for name, prop, measures in _measured(trial, chosen):
+        worst = max(measures, key=lambda m: m.ratio, default=None)
+        if worst is None:
+            counts["discarded"] += 1
+            continue
+        counts["rows"] += sum(m.rows for m in measures)
+        results[name] = records.outcome(worst)
+        _largest_by_gate(gates, measures)
+        if worst.ratio > 1:
+            failures.append((prop, name, worst))
+    counts["cases"] += 1
+    counts["runs"] += trial.runs
+    recipe, terms = trial.recipe.to_json(), coverage.covered(trial.case, trial.yard)
+    emit(
+        "case",
+        target=plan.target,
+        device=plan.device,
+        recipe=recipe,
+        inputs=trial.case.digest(),
+        results=results,
+        gates=gates,
+        coverage=terms,
+    )
+    return failures
 
 
-def _steer(results: dict[str, dict]) -> None:
-    finite = [r["ratio"] for r in results.values() if isinstance(r["ratio"], float) and r["ratio"] > 0]
-    if finite:
-        hypothesis.target(math.log10(max(finite)), label="worst ratio")
+def _largest_by_gate(gates: dict[str, dict], measures: list[Measure]) -> None:
+    """Keep the largest observation under every calibrated limit: what calibration reads."""
+    for m in measures:
+        if m.gate != "exact" and gates.get(m.gate, {"observed": -1.0})["observed"] < m.observed < math.inf:
+            gates[m.gate] = {"observed": m.observed, "what": m.what}
+
+
+def _seed(plan: Plan, dtype: str, number: int) -> int:
+    return (plan.seed * 1_000_003 + number) * len(DTYPES) + DTYPES.index(dtype)
 
 
 def _measured(trial: Trial, chosen: list[Property]) -> Iterator[tuple[str, Property, list[Measure]]]:
@@ -240,15 +225,13 @@ def _shrink(plan: Plan, target: Target, name: str, found: Found) -> tuple[Recipe
             seen[recipe] = worst if worst is not None and worst.ratio > 1 else None
         return seen.get(recipe)
 
-    @hypothesis.seed(_seed(plan, found.recipe.dtype))
-    @_settings(plan.examples, Phase.generate, Phase.shrink)
-    @given(_strategy(plan, target, found.recipe.dtype))
-    def holds(recipe: Recipe) -> None:
+    def meet(recipe: Recipe) -> None:
         nonlocal best
         if worst := failing(recipe):
             best = recipe, worst
             raise _Falsified
 
+    dtype = found.recipe.dtype
     with contextlib.suppress(_Falsified):
-        holds()
+        draw(_strategy(plan, target, dtype), _seed(plan, dtype, found.number), meet, shrink=True)
     return best

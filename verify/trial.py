@@ -12,7 +12,7 @@ import torch
 
 from verify import yardstick
 from verify.cases import Case
-from verify.exact import LARGEST, Dice
+from verify.exact import Dice
 from verify.families import materialise
 from verify.limits import Limits, limits_for
 from verify.recipes import Recipe
@@ -31,6 +31,8 @@ class Measure:
     allowed: float
     rows: int = 1
     where: str = ""
+    gate: str = "exact"
+    """Which calibrated limit is `allowed`, or "exact" where none is."""
 
     @property
     def ratio(self) -> float:
@@ -109,51 +111,44 @@ class Trial:
         got: dict[str, np.ndarray],
         exact: dict[str, np.ndarray],
         yard: Yardstick | None = None,
-        limit: float | None = None,
+        gate: str = "row",
         label: str = "",
     ) -> Iterable[Measure]:
         """Measure every tensor's rows against what is exact, in units of this case's yardstick or another's."""
-        yard = yard or self.yard
+        legal = (yard or self.yard).legal
         for name, x in got.items():
-            yield from against(
-                label + name,
-                name,
-                x,
-                exact[name],
-                yard.legal[name],
-                limit or self.limits.row,
-                self.limits.overall * ((limit or self.limits.row) / self.limits.row),
-            )
+            yield from self.against(label + name, name, x, exact[name], legal[name], gate)
 
-    def agree(self, case: Case, result: Result, label: str = "", **how) -> Iterable[Measure]:
+    def against(
+        self, what: str, name: str, got: np.ndarray, exact: np.ndarray, legal: np.ndarray, gate: str
+    ) -> Iterable[Measure]:
+        """Apply gate Y to one tensor: the worst row ("row" or "pair") and the whole, in units of legal error."""
+        if got.shape != exact.shape:
+            yield Measure(f"{what} shape {got.shape} for {exact.shape}", float("inf"), 0)
+            return
+        judged = np.isfinite(legal)
+        if not np.any(judged):
+            return
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = np.where(judged, np.linalg.norm(rows(name, got) - rows(name, exact), axis=-1), 0.0)
+            ratios = error / legal
+            whole = float(np.linalg.norm(error) / np.linalg.norm(legal[judged]))
+        worst = np.argmax(np.where(np.isnan(ratios), np.inf, ratios))
+        where = f"row {tuple(int(i) for i in np.unravel_index(worst, ratios.shape))}" if ratios.ndim else ""
+        row = float(ratios.reshape(-1)[worst])
+        yield Measure(what, row, getattr(self.limits, gate), int(judged.sum()), where, gate)
+        yield Measure(f"{what} overall", whole, self.limits.overall(gate), 1, where, f"{gate} overall")
+
+    def agree(self, case: Case, result: Result, label: str = "") -> Iterable[Measure]:
         """Measure a result of another case against the definition of that case."""
         yard = yardstick.measure(case, self.contract, bool(result.grads))
-        yield from self.judge(result.numbers(), yard.exact, yard, label=label, **how)
+        yield from self.judge(result.numbers(), yard.exact, yard, label=label)
 
     def pair(
         self, got: dict[str, np.ndarray], other: dict[str, np.ndarray], yard: Yardstick | None = None
     ) -> Iterable[Measure]:
         """Measure two runs that must agree within rounding: each may err by its own limit."""
-        yield from self.judge(got, other, yard, limit=self.limits.pair)
-
-
-def against(
-    what: str, name: str, got: np.ndarray, exact: np.ndarray, legal: np.ndarray, row: float, overall: float
-) -> Iterable[Measure]:
-    """Apply gate Y to one tensor: the worst row and the whole, in units of legal error."""
-    if got.shape != exact.shape:
-        yield Measure(f"{what} shape {got.shape} for {exact.shape}", float("inf"), 0)
-        return
-    if not exact.size:
-        return
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        error = np.linalg.norm(rows(name, got) - rows(name, exact), axis=-1)
-        ratios = error / legal
-    worst = np.argmax(np.where(np.isnan(ratios), np.inf, ratios))
-    where = f"row {tuple(int(i) for i in np.unravel_index(worst, ratios.shape))}" if ratios.ndim else ""
-    yield Measure(what, float(ratios.reshape(-1)[worst]), row, ratios.size, where)
-    with np.errstate(invalid="ignore"):
-        yield Measure(f"{what} overall", float(np.linalg.norm(error) / np.linalg.norm(legal)), overall, 1, where)
+        yield from self.judge(got, other, yard, gate="pair")
 
 
 def same_bits(what: str, got: torch.Tensor, expected: torch.Tensor) -> Measure:
@@ -168,8 +163,3 @@ def same_bits(what: str, got: torch.Tensor, expected: torch.Tensor) -> Measure:
     count = int(different.sum())
     where = "" if not count else f"element {tuple(int(i) for i in different.nonzero()[0])}"
     return Measure(f"{what} bitwise", count, 0, got.numel(), where)
-
-
-def fits(yard: Yardstick, dtypes: dict[str, str], names: Iterable[str]) -> bool:
-    """True if every exact value is representable without overflow in the dtype of its tensor."""
-    return all(np.max(np.abs(yard.exact[name]), initial=0.0) < LARGEST[dtypes[name]] / 4 for name in names)

@@ -37,7 +37,7 @@ from kda_spec.recurrent import recurrent
 from kda_spec.types import Inputs
 from verify import bounds, simulators
 from verify.cases import Activation, Case
-from verify.exact import SMALLEST_STEP, UNIT_ROUNDOFF, round_to
+from verify.exact import LARGEST, SMALLEST_STEP, UNIT_ROUNDOFF, round_to
 from verify.simulators import Rounding
 
 TENSORS = {
@@ -157,6 +157,8 @@ def _legal(name: str, exact: np.ndarray, runs: list[np.ndarray], dtype: str, flo
     Y = np.sqrt(np.mean(np.square(errors), axis=0))
     median = np.median(Y) if Y.size else 0.0
     rounding = _output_rounding(name, exact, dtype)
+    # a row beyond the dtype's range is not judged: infinity is then a right answer
+    rounding = np.where(np.max(np.abs(reference), axis=-1, initial=0.0) > LARGEST[dtype] / 2, np.inf, rounding)
     return np.maximum.reduce([Y, np.broadcast_to(median, Y.shape), rounding, np.broadcast_to(floor, Y.shape)])
 
 

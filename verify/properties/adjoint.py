@@ -17,7 +17,7 @@ def _plain_gradients(trial: Trial) -> bool:
 
 def _law(trial: Trial, what: str, left: np.ndarray, right: np.ndarray, legal: np.ndarray) -> Measure:
     ratio = np.abs(left - right) / np.maximum(legal, np.finfo(np.float64).tiny)
-    return Measure(what, float(np.max(ratio, initial=0.0)), trial.limits.law, ratio.size)
+    return Measure(what, float(np.max(ratio, initial=0.0)), trial.limits.law, ratio.size, gate="law")
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -134,7 +134,7 @@ def repeated_heads(trial: Trial) -> Iterable[Measure]:
     sums = {name: got.pop(name) for name in ("dq", "dk") if name in got}
     yield from trial.judge(got, trial.yard.exact)
     if trial.recipe.dtype in ("float32", "float64"):
-        yield from trial.judge(sums, trial.yard.exact, limit=trial.limits.pair)
+        yield from trial.judge(sums, trial.yard.exact, gate="pair")
 
 
 def _strided(x: torch.Tensor) -> torch.Tensor:

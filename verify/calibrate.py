@@ -1,0 +1,89 @@
+"""Measure what right implementations reach in every gate, and write limits.json: `python -m verify.calibrate --examples 2000`.
+
+A limit is 1.5 times the largest ratio seen, never below the starting values of the design (row 3, overall 2, twice that for
+pairs), and kept with how it was obtained. Raising one by hand is a change to review, with its reason beside it.
+"""
+
+import argparse
+import json
+import math
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+
+from verify import records, runner
+from verify.limits import FILE, START, Limits
+from verify.plan import PROFILES, Plan
+from verify.recipes import DTYPES, from_json, words
+from verify.targets import resolve
+
+MARGIN = 1.5
+OVERALL = {"row overall": "row_overall", "pair overall": "pair_overall"}
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m verify.calibrate", description=__doc__)
+    parser.add_argument("targets", nargs="+", help="implementations that are taken to be right")
+    parser.add_argument("--examples", type=int, default=2000, help="recipes per target and dtype")
+    parser.add_argument("--seed", type=int, default=1, help="which recipes are drawn")
+    args = parser.parse_args()
+    jobs = [(target, dtype, args.examples, args.seed) for target in args.targets for dtype in DTYPES]
+    with ProcessPoolExecutor(2) as pool:
+        found = list(pool.map(_worst, jobs))
+    FILE.write_text(json.dumps(_document(args, found), indent=2) + "\n")
+    return 0
+
+
+def _worst(job: tuple[str, str, int, int]) -> dict[str, dict[str, dict]]:
+    """Return, by contract class and gate, the largest ratio to the yardstick and where it was met."""
+    import torch
+
+    torch.set_num_threads(1)
+    target, dtype, examples, seed = job
+    plan = Plan(
+        target=target, device="cpu", profile="quick", dtypes=(dtype,), seed=seed, examples=examples, kills=examples
+    )
+    contract = resolve(target, "cpu").contract(dtype)
+    worst: dict[str, dict[str, dict]] = {}
+
+    def listen(kind: str, **record) -> None:
+        if kind != "case":
+            return
+        recipe = from_json(record["recipe"])
+        gates = worst.setdefault(f"{contract.operand}>{dtype} {recipe.conditioning}", {"cases": {"observed": 0}})
+        gates["cases"]["observed"] += 1
+        for name, result in record["gates"].items():
+            if result["observed"] > gates.get(name, {"observed": -1.0})["observed"]:
+                gates[name] = {**result, "target": target, "recipe": words(recipe)}
+
+    runner.judge(plan, listen)
+    print(f"{target} {dtype}: {examples} recipes", flush=True)
+    return worst
+
+
+def _document(args: argparse.Namespace, found: list[dict]) -> dict:
+    merged: dict[str, dict[str, dict]] = {}
+    for worst in found:
+        for kind, gates in worst.items():
+            into = merged.setdefault(kind, {"cases": {"observed": 0}})
+            into["cases"]["observed"] += gates.pop("cases")["observed"]
+            for name, result in gates.items():
+                if result["observed"] > into.get(name, {"observed": -1.0})["observed"]:
+                    into[name] = result
+    rows = {f"any {kind}": {"limits": asdict(START)} for kind in ("beta<=1", "beta<=2")}
+    rows |= {kind: _row(gates) for kind, gates in sorted(merged.items())}
+    how = f"python -m verify.calibrate {' '.join(args.targets)} --examples {args.examples} --seed {args.seed}"
+    return {"schema": 1, "how": how, "margin": MARGIN, "versions": records.versions(), "limits": rows}
+
+
+def _row(gates: dict[str, dict]) -> dict:
+    cases, limits = gates.pop("cases")["observed"], asdict(START)
+    for name, result in gates.items():
+        key = OVERALL.get(name, name)
+        limits[key] = max(limits[key], math.ceil(2 * MARGIN * result["observed"]) / 2)
+    return {"limits": asdict(Limits(**limits)), "cases": cases, "largest": gates}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
