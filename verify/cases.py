@@ -121,10 +121,13 @@ class Case:
         )
 
     def digest(self) -> str:
-        """Hash every input bit (first 16 hex digits of SHA-256)."""
-        h = hashlib.sha256(repr((self.dtype, self.gate_dtype, self.scale, self.cu_seqlens, self.chunk_size)).encode())
-        for x in (self.q, self.k, self.v, self.g, self.beta, self.initial, self.do, self.dS):
-            h.update(np.ascontiguousarray(x).tobytes())
+        """Hash every argument and every input bit (first 16 hex digits of SHA-256)."""
+        a = self.activation
+        flags = (self.dtype, self.gate_dtype, self.scale, self.cu_seqlens, self.chunk_size)
+        inside = (a.l2norm, a.gate, a.lower_bound, a.sigmoid)
+        h = hashlib.sha256(repr((flags, inside)).encode())
+        for x in (self.q, self.k, self.v, self.g, self.beta, self.S0, self.do, self.dS, a.A_log, a.dt_bias):
+            h.update(b"None" if x is None else np.ascontiguousarray(x).tobytes())
         return h.hexdigest()[:16]
 
     def but(self, **changes) -> "Case":
