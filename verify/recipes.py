@@ -37,7 +37,7 @@ ACTIVATIONS = ("none", "softplus", "lower_bound", "lower_bound_plain")
 SIGMOIDS = ("none", "sigmoid", "twice")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-BORDERS = (15, 16, 17, 31, 32, 33, 63, 64, 65)
+BORDERS = (15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 STYLES = (*["plain"] * 11, *["packed"] * 4, *["inside"] * 4, *["packed inside"] * 2, "empty")
 """Which features meet how often: most properties speak of activated inputs in equal sequences."""
 DIMS = (1, 2, 3, 4, 5, 8, 12, 16, 33, 64)
@@ -141,13 +141,17 @@ def words(recipe: Recipe) -> str:
     return " ".join([recipe.dtype, sizes, *rest])
 
 
+def _long(recipe: Recipe, lengths: tuple[int, ...]) -> Recipe:
+    return replace(recipe, T=sum(lengths) if lengths else max(recipe.T, 1), lengths=lengths)
+
+
 AXES = {
     "HV > H": lambda r: replace(r, G=1),
     "varlen": lambda r: replace(r, lengths=()),
-    "T = 0": lambda r: replace(r, T=max(r.T, 1), lengths=tuple(max(n, 1) for n in r.lengths)),
+    "T = 0": lambda r: _long(r, tuple(max(n, 1) for n in r.lengths)),
     "initial_state": lambda r: replace(r, state=False),
     "scale": lambda r: replace(r, scale=False),
-    "K != V": lambda r: replace(r, V=r.K),
+    "K != V": lambda r: replace(r, K=min(r.K, r.V), V=min(r.K, r.V)),
     "g = -inf": lambda r: replace(r, gates="resets") if r.infinite else r,
     "use_qk_l2norm_in_kernel": lambda r: replace(r, l2norm=False),
     "use_gate_in_kernel": lambda r: replace(r, activation="none"),
@@ -168,8 +172,9 @@ def _tokens(limit: int) -> st.SearchStrategy[int]:
 
 @st.composite
 def recipes(draw, dtypes: tuple[str, ...], tokens: int, work: int, chunks: tuple[int, ...] = ()) -> Recipe:
-    """Draw a recipe: dtype out of `dtypes`, at most `tokens` tokens, chunk sizes out of `chunks` or the default.
+    """Draw a recipe: dtype out of `dtypes`, chunk sizes out of `chunks` or the default.
 
+    Unpacked sequences have at most `tokens` tokens; packed are up to four of half as many each.
     `work` bounds B*HV*T*K*V, the cost of a sequential pass: heads and batches shrink first, then the dimensions.
     """
     style = draw(st.sampled_from(STYLES))

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from verify import coverage, mutants, probe, records
 from verify.claims import Property
 from verify.plan import PROFILES, Plan
 from verify.properties import PROPERTIES
 from verify.recipes import AXES, DTYPES, Recipe, draw, drawn, from_json, recipes
-from verify.targets import Target, resolve
+from verify.targets import Target, TargetError, resolve
 from verify.trial import Measure, TargetRaised, Trial
 
 Emit = Callable[..., None]
@@ -86,7 +88,12 @@ def _judge_one(plan: Plan, target: Target, emit: Emit) -> None:
 
 
 def load(plan: Plan) -> Target:
-    """Find the target of a plan."""
+    """Find the target of a plan. Raises TargetError for a target that does not exist, or a device that is not here."""
+    try:
+        torch.empty(0, device=plan.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TargetError(f"--device {plan.device}: {reason}") from error
     if plan.target.startswith("mutant:"):
         return mutants.target_of(mutants.find(plan.target.removeprefix("mutant:")))
     return resolve(plan.target, plan.device, Path(plan.config) if plan.config else None, plan.contract)
@@ -109,9 +116,16 @@ def _strategy(plan: Plan, target: Target, dtype: str):
 
 
 def neutral(recipe: Recipe, target: Target) -> Recipe:
-    """Return the recipe's neutral form along every axis that the target refuses."""
-    for axis in target.refused:
-        recipe = AXES[axis](recipe) if axis in AXES else recipe
+    """Return the recipe's neutral form along every axis that the target refuses.
+
+    One axis may lead into another (without a gate inside, gates of minus infinity count), so it goes around until
+    nothing changes.
+    """
+    before = None
+    while recipe != before:
+        before = recipe
+        for axis in target.refused:
+            recipe = AXES[axis](recipe) if axis in AXES else recipe
     return recipe
 
 
