@@ -60,16 +60,20 @@ def line(record: dict) -> str:
 
 
 def read(path: Path) -> list[dict]:
-    """Read a file of records. Raises ValueError naming the file and line of an unknown schema version or malformed
-    line.
+    """Read a file of records; a last line without its end is what a killed run left, and is not read.
+
+    Raises ValueError naming the file and line of an unknown schema version or malformed line.
     """
-    records = []
-    for i, text in enumerate(path.read_text().splitlines(), 1):
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{i}: not a JSON line: {error}") from error
-        if record.get("schema") != SCHEMA:
-            raise ValueError(f"{path}:{i}: expected schema version {SCHEMA}, got {record.get('schema')!r}")
-        records.append(record)
-    return records
+    *lines, _ = path.read_text().split("\n")
+    return [_parse(text, f"{path}:{i}") for i, text in enumerate(lines, 1)]
+
+
+def _parse(text: str, place: str) -> dict:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not a JSON line: {error}") from error
+    version = record.get("schema") if isinstance(record, dict) else None
+    if version != SCHEMA:
+        raise ValueError(f"{place}: expected schema version {SCHEMA}, got {version!r}")
+    return record

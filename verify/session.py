@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -139,8 +140,14 @@ def _worker(batch: list[Plan], arrived: queue.Queue) -> Iterator[None]:
     try:
         yield
     finally:
-        process.kill()
+        _kill(process)
         thread.join()
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Kill a worker with everything that its targets started: they hold its pipes open, and would be left behind."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _collect(process: subprocess.Popen, batch: list[Plan], arrived: queue.Queue) -> None:
@@ -153,6 +160,8 @@ def _collect(process: subprocess.Popen, batch: list[Plan], arrived: queue.Queue)
         process.stdin.close()
     for line in process.stdout:
         watchdog.heard()
+        if not line.endswith("\n"):
+            break  # a worker that was killed in the middle of a record
         record = json.loads(line)
         if record["kind"] in ("target", "usage", "crash"):
             unfinished.remove(record["target"])
@@ -192,7 +201,7 @@ class _Watchdog:
 
     def _fire(self) -> None:
         self.fired = True
-        self._process.kill()
+        _kill(self._process)
 
     def keep_errors(self) -> None:
         """Read standard error to its end."""
