@@ -1,6 +1,7 @@
 """Judge implementations of Kimi Delta Attention against the float64 definition."""
 
 import argparse
+import contextlib
 import shlex
 import sys
 import traceback
@@ -18,10 +19,10 @@ from verify.recipes import DTYPES
 
 EPILOG = """\
 targets    a name from the table (--list), all, cpu (what runs there), or anybody's kernel as package.module:function
-with the
-           signature of flash-linear-attention's chunk_kda. Default: everything in the table that runs on the device.
-exit code  0 pass, 1 a property failed, 2 usage, 3 nothing ran, 4 a mutant survived, 5 nondeterministic, 6 crash, 130
-interrupted
+           with the signature of flash-linear-attention's chunk_kda. Default: everything in the table that runs on the
+           device.
+exit code  0 pass, 1 a property failed, 2 usage, 3 nothing ran, 4 a mutant survived, 5 nondeterministic, 6 crash,
+           130 interrupted
 
 examples   python -m verify                                           our implementations, a minute
            python -m verify mypackage.kernels:chunk_kda               yours
@@ -152,10 +153,10 @@ def _options(args: argparse.Namespace) -> Options:
     kind = args.device.split(":")[0]
     if kind not in ("cpu", "cuda", "interpret"):
         raise UsageError(f"--device must be cpu, cuda:N or interpret, got {args.device}")
-    if args.config and not Path(args.config).is_file():
-        raise UsageError(f"--config {args.config}: no such file")
+    targets = _targets(args.targets, kind)
+    _check_files(args, targets)
     return Options(
-        targets=_targets(args.targets, kind),
+        targets=targets,
         device=args.device,
         profile=args.profile,
         properties=_names(args.property, tuple(p.name for p in PROPERTIES), "property"),
@@ -167,6 +168,22 @@ def _options(args: argparse.Namespace) -> Options:
         json=args.json,
         out=args.out,
     )
+
+
+def _check_files(args: argparse.Namespace, targets: tuple[str, ...]) -> None:
+    """Refuse files that could not be read or written, before a run of minutes depends on them."""
+    if args.config and not Path(args.config).is_file():
+        raise UsageError(f"--config {args.config}: no such file")
+    if args.config and (foreign := [name for name in targets if ":" in name]):
+        raise UsageError(f"--config is for implementations of the table, got {', '.join(foreign)}")
+    if args.out.exists() and not args.out.is_dir():
+        raise UsageError(f"--out {args.out}: expected a folder")
+    if args.json:
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.open("a").close()
+        except OSError as error:
+            raise UsageError(f"--json {args.json}: {error.strerror}") from error
 
 
 def _targets(asked: list[str], kind: str) -> tuple[str, ...]:
@@ -232,12 +249,7 @@ def _plan(options: Options, name: str) -> Plan:
 
 
 def _stream(path: Path | None):
-    from contextlib import nullcontext
-
-    if path is None:
-        return nullcontext()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("w")
+    return contextlib.nullcontext() if path is None else path.open("w")
 
 
 def _show(verdicts: list[session.Verdict], options: Options, console: Console) -> None:
@@ -277,10 +289,10 @@ def _list(console: Console) -> int:
 
 
 def _explain(name: str, console: Console) -> int:
-    _names(name, tuple(p.name for p in PROPERTIES), "property")
-    prop = next(p for p in PROPERTIES if p.name == name)
-    console.print(f"{prop.name} ({prop.kind}: {KINDS[prop.kind]})\n", markup=False)
-    console.print(prop.explanation, markup=False, soft_wrap=True)
+    names = _names(name, tuple(p.name for p in PROPERTIES), "property")
+    for prop in (p for p in PROPERTIES if p.name in names):
+        console.print(f"{prop.name} ({prop.kind}: {KINDS[prop.kind]})\n", markup=False)
+        console.print(prop.explanation, markup=False, soft_wrap=True)
     return session.PASS
 
 
@@ -289,7 +301,8 @@ def _replay(args: argparse.Namespace, console: Console) -> int:
         failure = replay.load(args.replay)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if ":" in failure["target"] and not failure["target"].startswith("mutant:") and args.targets != [failure["target"]]:
+    own = ":" not in failure["target"] or failure["target"].startswith("mutant:")
+    if args.targets != [failure["target"]] and (args.targets or not own):
         raise UsageError(
             f"the file names {failure['target']}: code is imported only when you name it yourself: "
             f"python -m verify {failure['target']} --replay {args.replay}"

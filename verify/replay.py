@@ -11,12 +11,16 @@ import numpy as np
 from kda_spec.recurrent import recurrent
 from verify.cases import Case
 from verify.families import materialise
+from verify.properties import PROPERTIES
 from verify.recipes import Recipe, from_json, words
-from verify.records import SCHEMA, versions
+from verify.records import INFINITE, SCHEMA, versions
 from verify.yardstick import activated
 
 SCRIPT_ELEMENTS = 4096
 """Cases with more elements than this get no script: it would hold pages of numbers, and shrinking has failed anyway."""
+
+NEEDED = {"target", "device", "property", "recipe", "inputs", "config", "contract"}
+"""Fields of a failure record without which it cannot be replayed."""
 
 
 def save(folder: Path, failure: dict) -> Path:
@@ -41,6 +45,10 @@ def load(path: Path) -> dict:
         raise ValueError(f"--replay {path}: not a failure file: {error}") from error
     if not isinstance(failure, dict) or failure.get("schema") != SCHEMA or failure.get("kind") != "failure":
         raise ValueError(f"--replay {path}: expected a failure record of schema version {SCHEMA}")
+    if missing := sorted(NEEDED - set(failure)):
+        raise ValueError(f"--replay {path}: the record lacks {', '.join(missing)}")
+    if failure["property"].removesuffix(INFINITE) not in {p.name for p in PROPERTIES}:
+        raise ValueError(f"--replay {path}: unknown property {failure['property']} (--list names them)")
     made = materialise(from_json(failure["recipe"])).digest()
     if made != failure["inputs"]:
         raise ValueError(
@@ -56,6 +64,7 @@ Found by `python -m verify`: property {property}, {what}: observed {observed}, a
 """
 
 import importlib
+from operator import attrgetter
 
 import torch
 
@@ -69,22 +78,27 @@ def tensor(shape, dtype, values):
 arguments = {{
 {arguments}
 }}
-expected_o = tensor({o_shape}, torch.float64, {o})
+# the float64 definition of the unchanged case
+expected = {{
+    "o": tensor({o_shape}, torch.float64, {o}),
+    "final_state": tensor({S_shape}, torch.float64, {S}),
+}}
 
 if __name__ == "__main__":
     module, name = {target!r}.split(":")
     positional = [arguments.pop(x) for x in ("q", "k", "v", "g", "beta")]
-    o, final_state = getattr(importlib.import_module(module), name)(*positional, **arguments)
-    print("o       ", o.double().flatten().tolist())
-    print("expected", expected_o.flatten().tolist(), "(float64 definition of the unchanged case)")
-    print("largest difference", (o.double() - expected_o).abs().max().item() if o.numel() else 0.0)
+    returned = attrgetter(name)(importlib.import_module(module))(*positional, **arguments)
+    for (what, right), x in zip(expected.items(), returned):
+        print(f"{{what}}\n  got     ", x.double().flatten().tolist())
+        print("  expected", right.flatten().tolist())
+        print("  largest difference", (x.double() - right).abs().max().item() if x.numel() else 0.0)
 '''
 
 
 def script(failure: dict, case: Case) -> str:
     """Write a script that calls the target on the case and prints its output beside the definition's."""
     recipe: Recipe = from_json(failure["recipe"])
-    o = recurrent(activated(case).inputs()).o
+    exact = recurrent(activated(case).inputs())
     target = failure["target"] if ":" in failure["target"] else f"impls:{_public(failure['target'])}"
     return _SCRIPT.format(
         title=f"A case on which {failure['target']} fails.",
@@ -95,8 +109,10 @@ def script(failure: dict, case: Case) -> str:
         allowed=failure["allowed"],
         target=target,
         arguments="\n".join(_arguments(case)),
-        o_shape=o.shape,
-        o=_values(o),
+        o_shape=exact.o.shape,
+        o=_values(exact.o),
+        S_shape=exact.final_state.shape,
+        S=_values(exact.final_state),
     )
 
 
