@@ -32,6 +32,10 @@ examples   python -m verify                                           our implem
 """
 
 
+SHOWN = 5
+"""Failures of one target that are printed in full; every one is kept in a file."""
+
+
 class UsageError(Exception):
     """The command line asks for something that does not exist; the message says what was expected."""
 
@@ -266,8 +270,11 @@ def _show(verdicts: list[session.Verdict], options: Options, console: Console) -
             console.print(display.terms(verdict))
         for line in display.probes(verdict):
             console.print(line)
-        for failure in verdict.failures:
-            console.print(display.failure(failure, _command_for(options.out, failure)), soft_wrap=True)
+        commands = [_command_for(options.out, failure) for failure in verdict.failures]
+        for failure, command in list(zip(verdict.failures, commands, strict=True))[:SHOWN]:
+            console.print(display.failure(failure, command), soft_wrap=True)
+        if rest := [failure["property"] for failure in verdict.failures[SHOWN:]]:
+            console.print(f"  and {len(rest)} more in {options.out}: {', '.join(rest)}", soft_wrap=True)
 
 
 def _command_for(out: Path, failure: dict) -> str:
