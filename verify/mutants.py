@@ -1,7 +1,7 @@
 """Wrong implementations of KDA, each with exactly one bug that real kernels had: the judge must kill all of them.
 
 A mutant is `Chunkwise` with one of its parts replaced. The docstring of the replacement says what it imitates: an
-issue, a pull request, or a bug that the usual tolerances let pass (0.005 of a whole tensor's norm, absolute 0.01 or 0.3).
+issue, a pull request, or a bug that usual tolerances let pass (0.005 of a whole tensor's norm, absolute 0.01 or 0.3).
 """
 
 import itertools
