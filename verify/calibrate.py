@@ -1,7 +1,8 @@
-"""Measure what right implementations reach in every gate, and write limits.json: `python -m verify.calibrate --examples 2000`.
+"""Measure what right implementations reach in every gate, and write limits.json: `python -m verify.calibrate --examples
+2000`.
 
-A limit is 1.5 times the largest ratio seen, never below the starting values of the design (row 3, overall 2, twice that for
-pairs), and kept with how it was obtained. Raising one by hand is a change to review, with its reason beside it.
+A limit is 1.5 times the largest ratio seen, never below the starting values of the design (row 3, overall 2, twice that
+for pairs), and kept with how it was obtained. Raising one by hand is a change to review, with its reason beside it.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from dataclasses import asdict
 
 from verify import records, runner
 from verify.limits import FILE, START, Limits
-from verify.plan import PROFILES, Plan
+from verify.plan import Plan
 from verify.recipes import DTYPES, from_json, words
 from verify.targets import resolve
 

@@ -15,7 +15,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Property:
-    """A named claim about any implementation of KDA: `applies` says whether a trial can show it, `check` measures it."""
+    """A named claim about any implementation: `applies` says whether a trial can show it, `check` measures it."""
 
     name: str
     kind: str

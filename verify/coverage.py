@@ -1,8 +1,8 @@
 """Term coverage: does a case exercise each term of the recurrence? A term that contributes nothing was not tested.
 
 A checker's own inputs once made a kernel that ignores the state pass (GPU MODE #127: gates cumulated twice decayed
-everything to
-zero). So for every case the definition is run without each term, and the change is compared with what roundings may do.
+everything to zero). So for every case the definition is run without each term, and the change is compared with what
+roundings may do.
 """
 
 import numpy as np

@@ -2,8 +2,8 @@
 release.
 
 NumPy promises the raw stream of its bit generators but not its distributions, so every draw here is built from raw
-Philox
-integers with operations that IEEE 754 defines exactly (integer sums, division by powers of two, sqrt, one division).
+Philox integers with operations that IEEE 754 defines exactly (integer sums, division by powers of two, sqrt, one
+division).
 """
 
 import hashlib

@@ -1,9 +1,8 @@
 """Input families: how each word of a recipe becomes numbers. Exact and seeded: the same bits on every machine.
 
 The families are those in which kernels have failed: near-collinear keys, gates that differ by head and channel, resets
-at the
-borders of chunks, minus infinity, beta at 0, 1 and 2, spikes. beta is shrunk after the cast so that beta*||k||^2 <= 2
-holds.
+at the borders of chunks, minus infinity, beta at 0, 1 and 2, spikes. beta is shrunk after the cast so that beta*||k||^2
+<= 2 holds.
 """
 
 import numpy as np

@@ -2,8 +2,7 @@
 anywhere.
 
 A recipe never holds elements of arrays. Hypothesis draws and shrinks recipes (`recipes`), `families.materialise` turns
-one into
-arrays. Every field's first or smallest value is the simplest one: that is where shrinking leads.
+one into arrays. Every field's first or smallest value is the simplest one: that is where shrinking leads.
 """
 
 import json
@@ -220,8 +219,8 @@ def draw(
 ) -> None:
     """Let Hypothesis draw recipe `number` of a strategy, hand it to `meet`, and make it smaller while `meet` raises.
 
-    Every recipe is a Hypothesis run of its own: the simplest example, then a fresh one. Within one long run Hypothesis mutates
-    what it drew before, and of 32 recipes only 12 were really different.
+    Every recipe is a Hypothesis run of its own: the simplest example, then a fresh one. Within one long run Hypothesis
+    mutates what it drew before, and of 32 recipes only 12 were really different.
     """
     phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
 

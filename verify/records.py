@@ -1,10 +1,8 @@
 """Records: one JSON line for whatever happens, as it happens, so that a run that is killed has lost nothing.
 
 Kinds: run (versions, device, arguments), probe (what a foreign target takes), case (a recipe and every property's worst
-measure),
-failure (a property with its smallest failing recipe: what --replay reads), target (counts of one target), crash,
-summary.
-`records.schema.json` beside this file is the JSON Schema of a line.
+measure), failure (a property with its smallest failing recipe: what --replay reads), target (counts of one target),
+crash, summary. `records.schema.json` beside this file is the JSON Schema of a line.
 """
 
 import json

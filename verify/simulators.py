@@ -2,10 +2,8 @@
 more.
 
 Two legal orders of operations, heads first ([..., T, K]): token by token (with its adjoint), and in chunks with the
-triangular
-solve of the WY form. Decays between two tokens are products of exp(g), so every gate down to minus infinity is legal.
-They
-share nothing with `kda_spec`, and nothing with the implementations that they help to judge.
+triangular solve of the WY form. Decays between two tokens are products of exp(g), so every gate down to minus infinity
+is legal. They share nothing with `kda_spec`, and nothing with the implementations that they help to judge.
 """
 
 from collections.abc import Callable

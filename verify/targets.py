@@ -1,8 +1,7 @@
 """What is judged: a name from the table, a mutant, or anybody's `package.module:function` with FLA's signature.
 
 A target is called with torch tensors made from a case: values exact, each buffer inside guard bands of NaN so that a
-read past
-its ends shows, every allocation during the call poisoned with NaN so that an element never written shows.
+read past its ends shows, every allocation during the call poisoned with NaN so that an element never written shows.
 """
 
 import contextlib

@@ -1,8 +1,7 @@
 """The process that judges: reads plans from standard input, writes one JSON record a line to standard output.
 
 Targets run here and nowhere else, so that a crash, a hang or a poisoned device is a result and not the end of the run.
-What a
-target prints goes to standard error, and cannot be mistaken for a record.
+What a target prints goes to standard error, and cannot be mistaken for a record.
 """
 
 import json

@@ -18,9 +18,10 @@ RESOLVED = {"float32": 2.0**-60, "bfloat16": 2.0**-60, "float16": 2.0**-8, "floa
 """Results smaller than this may hang on subnormal numbers inside, which scaling does not commute with."""
 
 
-def _scaled_bits(what: str, got: torch.Tensor, base: torch.Tensor, factor: float, dtype: str) -> Measure:
+def _scaled_bits(trial: Trial, what: str, got: torch.Tensor, base: torch.Tensor, factor: float) -> Measure:
     expected = base * factor
-    small = (expected.abs() < RESOLVED[dtype]) | (base.abs() < RESOLVED[dtype])
+    resolved = max(RESOLVED[trial.recipe.dtype], RESOLVED[trial.contract.accumulator])
+    small = (expected.abs() < resolved) | (base.abs() < resolved)
     return same_bits(
         what, torch.where(small, torch.zeros_like(got), got), torch.where(small, torch.zeros_like(got), expected)
     )
@@ -48,7 +49,7 @@ def scaling_values(trial: Trial) -> Iterable[Measure]:
     factor = 2.0**m
     scaled = trial.run(case.but(v=case.v * factor, S0=None if case.S0 is None else case.S0 * factor))
     for name, x in scaled.tensors().items():
-        yield _scaled_bits(f"{name} * 2^{m}", x, trial.forward.tensors()[name], factor, trial.recipe.dtype)
+        yield _scaled_bits(trial, f"{name} * 2^{m}", x, trial.forward.tensors()[name], factor)
 
 
 @claim("bitwise", every(tokens, _large_values, lambda trial: not trial.recipe.l2norm))
@@ -59,7 +60,7 @@ def scaling_queries(trial: Trial) -> Iterable[Measure]:
     """
     m = trial.dice("exponent").integer(1, 4) * (1 - 2 * trial.dice("sign").integer(0, 2))
     scaled = trial.run(trial.case.but(q=trial.case.q * 2.0**m))
-    yield _scaled_bits(f"o * 2^{m}", scaled.o, trial.forward.o, 2.0**m, trial.recipe.dtype)
+    yield _scaled_bits(trial, f"o * 2^{m}", scaled.o, trial.forward.o, 2.0**m)
     yield same_bits("S", scaled.S, trial.forward.S)
 
 
@@ -71,7 +72,7 @@ def scaling_argument(trial: Trial) -> Iterable[Measure]:
     """
     case = trial.case
     doubled = trial.run(case.but(scale=2 * case.inputs().resolved_scale))
-    yield _scaled_bits("o * 2", doubled.o, trial.forward.o, 2.0, trial.recipe.dtype)
+    yield _scaled_bits(trial, "o * 2", doubled.o, trial.forward.o, 2.0)
     yield same_bits("S", doubled.S, trial.forward.S)
     yield same_bits(
         "o at the default scale", trial.run(case.but(scale=case.inputs().resolved_scale)).o, trial.forward.o
@@ -93,7 +94,7 @@ def scaling_keys(trial: Trial) -> Iterable[Measure]:
     c = (0.5, 2.0, 4.0)[trial.dice("c").integer(0, 3)]
     scaled = trial.run(case.but(k=c * case.k, beta=case.beta / c**2, v=c * case.v))
     for name, x in scaled.tensors().items():
-        yield _scaled_bits(f"{name} at c={c}", x, trial.forward.tensors()[name], 1.0, trial.recipe.dtype)
+        yield _scaled_bits(trial, f"{name} at c={c}", x, trial.forward.tensors()[name], 1.0)
 
 
 @claim("bitwise", tokens)

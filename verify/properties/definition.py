@@ -110,8 +110,7 @@ def exact_recall(trial: Trial) -> Iterable[Measure]:
     state.
 
     Keys are one-hot, so that the norm is exactly 1. Would have caught: a causal mask that is strict where it must not
-    be,
-    attention-gym #465 (an update that silently does not happen), errors in the diagonal of the triangular solve.
+    be, attention-gym #465 (an update that silently does not happen), errors in the diagonal of the triangular solve.
     """
     base = trial.case
     keys = np.eye(base.K)[trial.dice("keys").integers(0, base.K, base.q.shape[:-1])]

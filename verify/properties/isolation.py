@@ -152,7 +152,7 @@ def _offset(x: torch.Tensor) -> torch.Tensor:
     return buffer[1:].view(x.shape).copy_(x)
 
 
-@claim("tolerance", tokens)
+@claim("tolerance", every(tokens, takes("strided inputs")))
 def layouts(trial: Trial) -> Iterable[Measure]:
     """Strided, transposed and offset views give what contiguous tensors give; bitwise where the contract claims it.
 
@@ -168,7 +168,7 @@ def layouts(trial: Trial) -> Iterable[Measure]:
             yield same_bits(name, x, base[name])
 
 
-@claim("tolerance", every(unpacked, lambda trial: trial.recipe.B > 1))
+@claim("tolerance", every(unpacked, lambda trial: trial.recipe.B > 1, takes("strided inputs")))
 def expanded(trial: Trial) -> Iterable[Measure]:
     """A batch made by expand (stride 0) gives what its copies give.
 
