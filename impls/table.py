@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from impls.checks import MAX_HEAD_DIM
-from impls.configs import CHUNK_SIZES
+from impls.configs import CHUNK_SIZES, ChunkTorchConfig
 from impls.contracts import BITWISE_CLAIMS, PrecisionContract, at_least_float32
 
 
@@ -23,6 +23,8 @@ class Impl:
     backward: bool
     chunk_sizes: tuple[int, ...] | None
     """The chunk lengths C it takes, None where it has no chunks."""
+    config: type | None = None
+    """The dataclass of its launch configurations, None where nothing can be configured."""
 
     def call(self, q, k, v, g, beta, *, config=None, **keywords):
         """Run it, or fail: return (o, final state or None), and the kept states with return_intermediate_states.
@@ -85,11 +87,12 @@ IMPLEMENTATIONS: tuple[Impl, ...] = (
         name="chunk_torch",
         summary="chunk by chunk in torch, in the tree form; eager or compiled",
         load=_chunk_torch,
-        contract=lambda dtype: at_least_float32(dtype, bitwise=BITWISE_CLAIMS - {"value_slices"}),
+        contract=lambda dtype: at_least_float32(dtype, bitwise=BITWISE_CLAIMS - {"value_slices", "split"}),
         devices=("cpu", "cuda"),
         dtypes=_FLOATS,
         backward=True,
         chunk_sizes=CHUNK_SIZES,
+        config=ChunkTorchConfig,
     ),
 )
 

@@ -269,6 +269,8 @@ def resolve(name: str, device: str, config: Path | None = None, contract: str | 
 
 
 def _configuration(impl: table.Impl, path: Path) -> object:
+    if impl.config is None:
+        raise TargetError(f"--config {path}: {impl.name} has no launch configuration")
     try:
         return impl.config(**json.loads(path.read_text()))
     except (OSError, TypeError, ValueError) as error:
