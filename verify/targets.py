@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from impls import table
+from impls import configs, table
 from impls.contracts import PrecisionContract
 from verify.cases import Case
 
@@ -272,9 +272,12 @@ def _configuration(impl: table.Impl, path: Path) -> object:
     if impl.config is None:
         raise TargetError(f"--config {path}: {impl.name} has no launch configuration")
     try:
-        return impl.config(**json.loads(path.read_text()))
+        config = impl.config(**json.loads(path.read_text()))
     except (OSError, TypeError, ValueError) as error:
         raise TargetError(f"--config {path}: not a launch configuration of {impl.name}: {error}") from error
+    if reason := configs.invalid(config):
+        raise TargetError(f"--config {path}: {reason}")
+    return config
 
 
 def _foreign(name: str, device: str, contract: str | None) -> Target:

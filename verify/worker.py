@@ -22,10 +22,9 @@ def main() -> int:
         try:
             _judge(plan, lines)
         except Exception as error:
-            kind = "usage" if type(error).__name__ == "TargetError" else "crash"
-            records.write(
-                lines, kind, target=plan.target, reason=f"{type(error).__name__}: {error}", trace=traceback.format_exc()
-            )
+            usage = type(error).__name__ == "TargetError"
+            kind, reason = ("usage", str(error)) if usage else ("crash", f"{type(error).__name__}: {error}")
+            records.write(lines, kind, target=plan.target, reason=reason, trace=traceback.format_exc())
     return 0
 
 
