@@ -1,4 +1,4 @@
-"""Kernels with the signature of FLA's chunk_kda in plain torch: a right one, and copies of it with one known fault each.
+"""Kernels with the signature of FLA's chunk_kda in plain torch: a right one, and copies with one known fault each.
 
 The judge gets them by name (`broken_kernels:undecayed`), as it gets anybody's. Each fault says where it begins, so that
 the smallest recipe that shows it is known.

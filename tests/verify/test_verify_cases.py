@@ -10,9 +10,7 @@ from verify.families import materialise
 from verify.recipes import ACTIVATIONS, Recipe
 from verify.yardstick import activated
 
-BATCH = Recipe(
-    dtype="float64", seed=3, B=3, T=9, H=2, G=2, K=4, V=3, gates="log_uniform", betas="uniform", state=True
-)
+BATCH = Recipe(dtype="float64", seed=3, B=3, T=9, H=2, G=2, K=4, V=3, gates="log_uniform", betas="uniform", state=True)
 PACKED = replace(BATCH, B=1, T=9, lengths=(4, 0, 5))
 
 

@@ -1,0 +1,176 @@
+"""Known faults are caught and shrunk to the smallest recipe that shows them; equal plans give equal records."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from verify import coverage, display, records, runner, session
+from verify.plan import PROFILES, Plan
+from verify.properties import PROPERTIES
+from verify.recipes import Recipe, from_json
+from verify.targets import TargetError
+
+
+def failures(found: list[dict]) -> dict[str, dict]:
+    return {r["property"]: r for r in found if r["kind"] == "failure"}
+
+
+def verdict(target: str, found: list[dict]) -> session.Verdict:
+    whole = session.Verdict(target)
+    for record in found:
+        whole.add(record)
+    return whole
+
+
+SMALLEST = [
+    ("wrong_from_sixth", "reference_forward", Recipe(T=6)),
+    ("wrong_second_column", "reference_forward", Recipe(T=0, V=2, state=True)),
+    ("raises_on_three_tokens", "reference_forward", Recipe(T=3)),
+    ("nan_at_minus_infinity", "reference_forward@-inf", Recipe(T=1, gates="resets_inf")),
+    ("returns_o_only", "reference_forward", Recipe(T=1)),
+]
+
+
+@pytest.mark.parametrize("kernel, name, smallest", SMALLEST, ids=[row[0] for row in SMALLEST])
+def test_a_fault_is_caught_and_shrunk_to_the_smallest_case_that_shows_it(judged, kernel, name, smallest):
+    found = judged(f"broken_kernels:{kernel}", (name.removesuffix(records.INFINITE),), examples=40)
+    failure = failures(found)[name]
+    assert from_json(failure["recipe"]) == smallest
+    assert failure["steady"]
+    assert verdict(kernel, found).code == session.FAILED
+
+
+@pytest.mark.parametrize("kernel, name", [("undecayed", "reference_forward"), ("future_leak", "causality")])
+def test_a_fault_shrinks_to_a_few_tokens_of_one_channel(judged, kernel, name):
+    recipe = from_json(failures(judged(f"broken_kernels:{kernel}", (name,)))[name]["recipe"])
+    assert recipe.T <= 5
+    assert recipe.B == recipe.HV == recipe.K == recipe.V == 1
+
+
+def test_shrinking_stops_after_the_profiles_number_of_attempts(judged, monkeypatch):
+    monkeypatch.setitem(PROFILES, "smoke", replace(PROFILES["smoke"], shrinks=0))
+    found = judged("broken_kernels:wrong_from_sixth", ("reference_forward",))
+    assert from_json(failures(found)["reference_forward"]["recipe"]) != Recipe(T=6)
+
+
+def test_a_reported_case_is_a_case_that_fails(judged):
+    failure = failures(judged("broken_kernels:undecayed", ("reference_forward",)))["reference_forward"]
+    again = judged("broken_kernels:undecayed", ("reference_forward",), recipe=failure["recipe"])
+    (repeated,) = failures(again).values()
+    shown = ("recipe", "inputs", "observed", "allowed", "what", "where", "ratio")
+    assert {k: repeated[k] for k in shown} == {k: failure[k] for k in shown}
+
+
+def test_a_failure_that_does_not_come_back_is_not_steady_and_means_nondeterministic(judged):
+    found = judged("broken_kernels:wrong_once", ("reference_forward",))
+    assert [f["steady"] for f in failures(found).values()] == [False] * len(failures(found))
+    assert verdict("wrong_once", found).code == session.FLAKY
+
+
+def test_a_right_third_party_passes_every_property(judged):
+    found = judged("broken_kernels:float64_copy", examples=6)
+    assert not failures(found)
+    assert verdict("float64_copy", found).code == session.PASS
+    judged_properties = {name for r in found if r["kind"] == "case" for name in r["results"]}
+    assert len(judged_properties) > 35
+
+
+def test_a_keyword_taken_and_ignored_is_a_finding(judged):
+    found = judged("broken_kernels:deaf_to_scale", ("reference_forward",))
+    outcomes = {r["axis"]: r["outcome"] for r in found if r["kind"] == "probe"}
+    assert outcomes["scale"] == "ignored"
+    assert verdict("deaf_to_scale", found).code == session.FAILED
+    assert not any(r["recipe"]["scale"] for r in found if r["kind"] == "case")
+
+
+@pytest.mark.parametrize("target", ["recurrent_torch", "broken_kernels:undecayed"])
+def test_equal_plans_give_equal_records_byte_for_byte(judged, target):
+    first, second = (
+        "".join(map(records.line, judged(target, ("reference_forward", "split"), examples=5))) for _ in range(2)
+    )
+    assert first == second
+
+
+def test_another_seed_draws_other_recipes(judged):
+    drawn = [
+        {r["inputs"] for r in judged("recurrent_torch", ("causality",), examples=5, seed=seed) if r["kind"] == "case"}
+        for seed in (0, 1, 2)
+    ]
+    assert sum(map(len, drawn)) == len(set.union(*drawn)) == 15
+
+
+def test_only_the_named_properties_are_judged(judged):
+    found = judged("recurrent_torch", ("causality", "split"), examples=3)
+    assert {name.removesuffix(records.INFINITE) for r in found if r["kind"] == "case" for name in r["results"]} <= {
+        "causality",
+        "split",
+    }
+
+
+def test_a_dtype_that_a_target_does_not_take_is_reported_not_judged(judged, monkeypatch):
+    monkeypatch.setattr(runner, "load", lambda plan, load=runner.load: replace(load(plan), dtypes=("float32",)))
+    found = judged("recurrent_torch", ("reference_forward",), examples=2, dtypes=("float32", "float64"))
+    (done,) = [r for r in found if r["kind"] == "target"]
+    assert done["dtypes_refused"] == ["float64"]
+    assert {r["recipe"]["dtype"] for r in found if r["kind"] == "case"} == {"float32"}
+
+
+def test_a_property_that_applies_to_nothing_means_nothing_ran(judged):
+    found = judged("recurrent_torch", ("chunk_invariance",), examples=3)
+    assert verdict("recurrent_torch", found).code == session.NOTHING
+
+
+def test_a_device_that_is_not_here_is_named(judged):
+    with pytest.raises(TargetError, match="--device cuda:99: "):
+        judged("recurrent_torch", device="cuda:99")
+
+
+PRECEDENCE = [
+    ([], session.NOTHING),
+    ([0], 0),
+    ([0, 0], 0),
+    ([3], 3),
+    ([3, 3], 3),
+    ([0, 3], 0),
+    ([0, 1, 3], 1),
+    ([4, 0], 4),
+    ([4, 1], 1),
+    ([1, 5], 5),
+    ([4, 5, 3], 5),
+    ([5, 6], 6),
+    ([1, 4, 6, 5, 3, 0], 6),
+    ([6, 2], 2),
+    ([0, 2], 2),
+]
+
+
+@pytest.mark.parametrize("codes, expected", PRECEDENCE, ids=str)
+def test_exit_codes_combine_as_6_before_5_before_1_before_4_before_3_and_usage_first(codes, expected):
+    assert session.exit_code(codes) == expected
+
+
+@pytest.mark.parametrize("changes", [{}, {"coverage": {}}], ids=["too little", "absent"])
+@pytest.mark.parametrize("term", coverage.TERMS)
+def test_a_term_that_no_case_exercised_is_said_to_be_untested(judged, term, changes):
+    case = next(r for r in judged("recurrent_torch", ("causality",), examples=1) if r["kind"] == "case")
+    seen = dict.fromkeys(coverage.TERMS, 2 * coverage.SEEN)
+    assert "NOT TESTED" not in display.terms(verdict("recurrent_torch", [case | {"coverage": seen}]))
+    missed = changes.get("coverage", seen | {term: coverage.SEEN / 2})
+    assert f"{term} NOT TESTED" in display.terms(verdict("recurrent_torch", [case | {"coverage": missed}]))
+
+
+def test_a_plan_survives_json():
+    plan = Plan("t", "cpu", "smoke", ("float32",), 3, 4, ("split",), recipe=Recipe(lengths=(1, 2)).to_json())
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@pytest.mark.parametrize("prop", PROPERTIES, ids=lambda p: p.name)
+def test_every_property_explains_its_equation_and_what_it_would_have_caught(prop):
+    claim, bugs = prop.explanation.split("Would have caught:")
+    assert len(claim) > 30
+    assert len(bugs) > 20
+
+
+def test_names_of_properties_are_unique():
+    assert len({p.name for p in PROPERTIES}) == len(PROPERTIES) >= 45
