@@ -111,9 +111,7 @@ def measure(case: Case, contract: PrecisionContract, backward: bool) -> Yardstic
         grads = _simulate_backward(inner, inputs, rounding)
         runs.append(through_activations(case, grads))
         outputs |= {name: _input_dtype(case, TENSORS[name]) for name in runs[-1]}
-        u = UNIT_ROUNDOFF[contract.accumulator]
-        floors["dg"] = np.maximum(floors["dg"], u * _sums_to_the_end(inner, gradients_of, exact["S"]))
-        floors = _raw_floors(case, inner, floors, gradients_of, u)
+        floors = _raw_floors(case, inner, floors, gradients_of, UNIT_ROUNDOFF[contract.accumulator])
     never = {name: never[name] + _output_rounding(name, exact[name], outputs[name]) for name in never}
     legal = {
         name: _legal(name, exact[name], [x[name] for x in runs if name in x], dtype, floors.get(name, 0.0))
@@ -238,22 +236,6 @@ def _floors(case: Case, inputs: Inputs, contract: PrecisionContract, backward: b
         max(UNIT_ROUNDOFF[contract.operand], UNIT_ROUNDOFF[contract.accumulator]),
     )
     return {name: u * x for name, x in steps.items()}, {name: u_operand * steps[name] for name in ("o", "S")}
-
-
-def _sums_to_the_end(case: Case, grads: dict[str, np.ndarray], S: np.ndarray) -> np.ndarray:
-    """Return what a legal dg sums up, in size: every later token's q dq and k dk and the final state's dS S [B, T, HV].
-
-    Kernels get dg as a reverse sum over the tokens that a gate reaches (autograd of a cumulated gate does): where the
-    exact sum is zero, as at the first token without a state, a rounding of its terms is left. Total minus prefix is not
-    covered: late in a sequence it errs with the size of the whole sum.
-    """
-    pairs = ((case.q, grads["dq"]), (case.k, grads["dk"]))
-    terms = case.per_value_head(sum(np.linalg.norm(x, axis=-1) * np.linalg.norm(d, axis=-1) for x, d in pairs))
-    out = np.zeros(case.beta.shape)
-    for n, (b, tokens) in enumerate(case.sequences()):
-        last = np.linalg.norm(case.dS[n], axis=(-1, -2)) * np.linalg.norm(S[n], axis=(-1, -2))
-        out[b, tokens] = np.cumsum(terms[b, tokens][::-1], axis=0)[::-1] + last
-    return out
 
 
 def _raw_floors(case: Case, inner: Case, floors: dict, grads: dict, u: float) -> dict[str, np.ndarray]:
