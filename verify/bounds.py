@@ -38,7 +38,7 @@ def forward(q, k, v, g, beta, S) -> dict[str, np.ndarray]:
 def backward(q, k, v, g, beta, scale: float, do, dS, sizes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Bound the errors of the gradients per row, in accumulator roundoffs, from the sizes that `forward` returned.
 
-    dg may also err like the sum that kernels make of it, q dq and k dk of this and every later token and dS S at the end
+    dg may also err like the sum that kernels make of it: q dq and k dk of this and every later token, dS S at the end
     (autograd of a cumulated gate does that): where the exact sum is zero, as at a first token without a state, a
     rounding of its terms is left. Total minus prefix is not covered: late in a sequence it errs with the whole sum.
     """

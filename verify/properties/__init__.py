@@ -18,6 +18,8 @@ PROPERTIES: tuple[Property, ...] = (
     sequence.chunk_invariance,
     sequence.prefill_decode,
     sequence.varlen_separate,
+    sequence.prefix,
+    sequence.batch_alone,
     sequence.empty_sequence,
     sequence.null_token,
     sequence.reset,

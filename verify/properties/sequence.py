@@ -84,6 +84,36 @@ def varlen_separate(trial: Trial) -> Iterable[Measure]:
             yield Measure(f"{name} bitwise", float(np.sum(packed[name] != x)), 0, x.size)
 
 
+@claim("tolerance", every(unpacked, lambda trial: trial.recipe.T > 1))
+def prefix(trial: Trial) -> Iterable[Measure]:
+    """The outputs of the first tokens do not depend on how many follow: a shorter run gives the same rows.
+
+    Bitwise where the contract claims it ("length"). Would have caught: anchors that move with the length (FLA #1085), a
+    last chunk that is treated otherwise than a full one (FLA #1143, #794).
+    """
+    case = trial.case
+    shorter = case.tokens(0, trial.dice("cut").integer(1, case.T))
+    result = trial.run(shorter)
+    yield from trial.agree(shorter, result)
+    if "length" in trial.contract.bitwise:
+        yield same_bits("o", result.o, trial.forward.o[:, : shorter.T])
+
+
+@claim("tolerance", every(unpacked, lambda trial: trial.recipe.B > 1))
+def batch_alone(trial: Trial) -> Iterable[Measure]:
+    """An entry of a batch computed alone gives what it gave among the others.
+
+    Bitwise where the contract claims it ("sequence_count"). Would have caught: vLLM #45819 (results that differ between
+    60 and 62 sequences), tiles chosen by the batch size.
+    """
+    case, n = trial.case, trial.dice("entry").integer(0, trial.recipe.B)
+    result = trial.run(case.sequence(n))
+    yield from trial.agree(case.sequence(n), result)
+    if "sequence_count" in trial.contract.bitwise:
+        yield same_bits("o", result.o, trial.forward.o[n : n + 1])
+        yield same_bits("S", result.S, trial.forward.S[n : n + 1])
+
+
 @claim("bitwise", every(takes("T = 0"), takes("initial_state")))
 def empty_sequence(trial: Trial) -> Iterable[Measure]:
     """A sequence without tokens passes its state through as a copy, bit for bit; o has no rows.
