@@ -261,15 +261,16 @@ def _show(verdicts: list[session.Verdict], options: Options, console: Console) -
     if judged:
         console.print(display.verdict_table(judged))
     if not verdicts:
-        console.print(f"nothing ran: no implementation in the table runs on {options.device} (--list shows devices)")
+        nothing = f"nothing ran: no implementation in the table runs on {options.device} (--list shows devices)"
+        console.print(nothing, soft_wrap=True)
     for verdict in verdicts:
         if verdict.broken:
-            console.print(display.broken(verdict))
+            console.print(display.broken(verdict), soft_wrap=True)
         if verdict.seen:
-            console.print(display.counts(verdict, options.device))
-            console.print(display.terms(verdict))
+            console.print(display.counts(verdict, options.device), soft_wrap=True)
+            console.print(display.terms(verdict), soft_wrap=True)
         for line in display.probes(verdict):
-            console.print(line)
+            console.print(line, soft_wrap=True)
         commands = [_command_for(options.out, failure) for failure in verdict.failures]
         for failure, command in list(zip(verdict.failures, commands, strict=True))[:SHOWN]:
             console.print(display.failure(failure, command), soft_wrap=True)
@@ -286,7 +287,8 @@ def _command_for(out: Path, failure: dict) -> str:
 def _list(console: Console) -> int:
     console.print("[bold]implementations")
     for impl in IMPLEMENTATIONS:
-        console.print(f"  {impl.name:18} {', '.join(impl.devices):10} {', '.join(impl.dtypes)}  {impl.summary}")
+        text = f"  {impl.name:18} {', '.join(impl.devices):10} {', '.join(impl.dtypes)}  {impl.summary}"
+        console.print(text, soft_wrap=True)
     console.print("[bold]properties")
     for prop in PROPERTIES:
         console.print(
@@ -328,11 +330,11 @@ def _replay(args: argparse.Namespace, console: Console) -> int:
     )
     verdict = session.run([[plan]], lambda record: None)[plan.target]
     if verdict.broken:
-        console.print(display.broken(verdict))
+        console.print(display.broken(verdict), soft_wrap=True)
     for found in verdict.failures:
         console.print(display.failure(found, None), soft_wrap=True)
     if verdict.code == session.PASS:
-        console.print(f"pass: {failure['target']} :: {failure['property']} holds on this case now")
+        console.print(f"pass: {failure['target']} :: {failure['property']} holds on this case now", soft_wrap=True)
     return verdict.code
 
 

@@ -167,6 +167,7 @@ def _collect(process: subprocess.Popen, batch: list[Plan], arrived: queue.Queue)
             unfinished.remove(record["target"])
         arrived.put(record)
     code = process.wait()
+    _kill(process)
     watchdog.stop()
     errors.join()
     for target in unfinished:
