@@ -89,7 +89,8 @@ if __name__ == "__main__":
     positional = [arguments.pop(x) for x in ("q", "k", "v", "g", "beta")]
     returned = attrgetter(name)(importlib.import_module(module))(*positional, **arguments)
     for (what, right), x in zip(expected.items(), returned):
-        print(f"{{what}}\n  got     ", x.double().flatten().tolist())
+        print(what)
+        print("  got     ", x.double().flatten().tolist())
         print("  expected", right.flatten().tolist())
         print("  largest difference", (x.double() - right).abs().max().item() if x.numel() else 0.0)
 '''
