@@ -5,8 +5,12 @@ the smallest recipe that shows it is known.
 """
 
 import os
+import subprocess
 
 import torch
+
+LEFT_BEHIND = "987.654"
+"""Seconds that the process of `aborts` would sleep: what it can be recognised by."""
 
 _met: set[bytes] = set()
 
@@ -68,7 +72,8 @@ def raises_on_three_tokens(q, k, v, g, beta, **keywords):
 
 
 def aborts(q, k, v, g, beta, **keywords):
-    """The process dies, as after an illegal memory access."""
+    """The process dies, as after an illegal memory access, and leaves a process of its own behind."""
+    subprocess.Popen(["sleep", LEFT_BEHIND])
     os.abort()
 
 

@@ -26,7 +26,7 @@ STRATEGY = recipes.recipes(DTYPES, tokens=TOKENS, work=WORK, chunks=(16, 32))
 
 @pytest.fixture(scope="module")
 def many() -> list[Recipe]:
-    return [drawn(STRATEGY, number) for number in range(400)]
+    return [drawn(STRATEGY, number) for number in range(320)]
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def cases(many):
     return [materialise(recipe) for recipe in many]
 
 
-def test_four_hundred_draws_are_four_hundred_recipes(many):
-    assert len(set(many)) == 400
+def test_no_recipe_is_drawn_twice(many):
+    assert len(set(many)) == len(many) == 320
 
 
 def test_every_number_is_representable_in_its_dtype(cases):
@@ -98,7 +98,8 @@ def work(r: Recipe) -> int:
 def test_work_and_length_are_bounded(many):
     for r in many:
         longest = 4 * (TOKENS // 2) if r.lengths else TOKENS
-        assert work(r) <= WORK and r.T <= longest
+        assert work(r) <= WORK
+        assert longest >= r.T
         assert not r.lengths or (r.B == 1 and sum(r.lengths) == r.T)
 
 

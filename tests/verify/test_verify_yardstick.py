@@ -85,7 +85,7 @@ def test_a_simulator_errs_as_much_as_its_operands_are_rounded(operand):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_right_kernel_passes_both_gates(dtype):
-    for recipe in drawings(dtype, 25):
+    for recipe in drawings(dtype, 15):
         assert ratio(OURS, recipe) <= 1
         assert ratio(OURS, recipe, "reference_backward") <= 1
 
