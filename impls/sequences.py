@@ -98,7 +98,7 @@ def _gather(block: torch.Tensor, x: torch.Tensor, runs: Runs, first: int, heads:
 
 
 def _channels(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return x [B * T, heads, channels] and the channels of its blocks; a number per head is one channel, never padded."""
+    """Return x [B * T, heads, channels] and the channels of its blocks; one number per head is never padded."""
     return (x.unsqueeze(-1), 1) if x.ndim == 2 else (x, padded(x.shape[-1]))
 
 
