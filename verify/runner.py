@@ -101,14 +101,15 @@ def _judge_one(plan: Plan, target: Target, emit: Emit) -> None:
 
 def load(plan: Plan) -> Target:
     """Find the target of a plan. Raises TargetError for a target that does not exist, or a device that is not here."""
+    if plan.target.startswith("mutant:"):
+        return mutants.target_of(mutants.find(plan.target.removeprefix("mutant:")))
+    target = resolve(plan.target, plan.device, Path(plan.config) if plan.config else None, plan.contract)
     try:
         torch.empty(0, device=plan.device)
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TargetError(f"--device {plan.device}: {reason}") from error
-    if plan.target.startswith("mutant:"):
-        return mutants.target_of(mutants.find(plan.target.removeprefix("mutant:")))
-    return resolve(plan.target, plan.device, Path(plan.config) if plan.config else None, plan.contract)
+    return target
 
 
 def _target(plan: Plan, emit: Emit) -> Target:

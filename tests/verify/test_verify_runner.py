@@ -121,9 +121,13 @@ def test_a_property_that_applies_to_nothing_means_nothing_ran(judged):
     assert verdict("recurrent_torch", found).code == session.NOTHING
 
 
-def test_a_device_that_is_not_here_is_named(judged):
-    with pytest.raises(TargetError, match="--device cuda:99: "):
-        judged("recurrent_torch", device="cuda:99")
+@pytest.mark.parametrize(
+    "device, message",
+    [("cuda:99", "--device cuda:99: "), ("interpret", "recurrent_torch runs on cpu, cuda, not on interpret")],
+)
+def test_a_device_that_is_not_here_is_named(judged, device, message):
+    with pytest.raises(TargetError, match=message):
+        judged("recurrent_torch", device=device)
 
 
 PRECEDENCE = [
