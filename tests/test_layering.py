@@ -131,6 +131,12 @@ def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Count the lines behind the docstring: a public signature of 25 arguments, each explained, is no complexity."""
+    first = function.body[1:2] if ast.get_docstring(function) else function.body[:1]
+    return function.end_lineno - first[0].lineno + 1 if first else 0
+
+
 def over_budget(root: Path, *folders: str) -> list[str]:
     """List the files and host functions that are longer than the budget."""
     found = []
@@ -141,7 +147,7 @@ def over_budget(root: Path, *folders: str) -> list[str]:
         if lines > limit:
             found.append(f"{name}:1: {lines} lines, the budget is {limit}")
         for function in functions(path):
-            lines = function.end_lineno - function.lineno + 1
+            lines = lines_of_code(function)
             if lines > FUNCTION_LINES and not is_kernel(function):
                 where = f"{name}:{function.lineno}"
                 found.append(f"{where}: {function.name} has {lines} lines, the budget is {FUNCTION_LINES}")
@@ -279,7 +285,7 @@ def test_a_planted_eager_triton_is_found(tmp_path, file, source, found):
     ("file", "source", "judge", "found"),
     [
         ("impls/a.py", "x = 1\n" * 401, over_budget, "impls/a.py:1: 401 lines"),
-        ("impls/a.py", "\ndef f():\n" + "    x = 1\n" * 60, over_budget, "impls/a.py:2: f has 61 lines"),
+        ("impls/a.py", "\ndef f():\n" + "    x = 1\n" * 61, over_budget, "impls/a.py:2: f has 61 lines"),
         ("impls/a_triton.py", "x = 1\n" * 701, over_budget, "impls/a_triton.py:1: 701 lines"),
         ("impls/utils.py", "", poor_names, "impls/utils.py:1: a drawer"),
         ("impls/chunk_v2.py", "", poor_names, "impls/chunk_v2.py:1: the file's name"),
