@@ -33,11 +33,11 @@ verify: $(BASE) ## install, then judge the implementations: python -m verify $(A
 
 test: $(TEST) ## install, then ruff and the first tier of tests: pytest $(ARGS)
 	$(BIN)/ruff check .
-	$(PYTEST) -n 2 $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile $(ARGS)
 
 test-all: $(TEST) ## like test, with the slow tier
 	$(BIN)/ruff check .
-	$(PYTEST) -n 2 -m "" $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile -m "" $(ARGS)
 
 bench: $(TEST) ## time the operations with pytest-benchmark
 	$(PYTEST) tests/benchmarks -m "" --benchmark-enable --benchmark-only $(ARGS)

@@ -269,6 +269,8 @@ def _show(verdicts: list[session.Verdict], options: Options, console: Console) -
         if verdict.seen:
             console.print(display.counts(verdict, options.device), soft_wrap=True)
             console.print(display.terms(verdict), soft_wrap=True)
+        if verdict.probes:
+            console.print(display.contract(options.contract), soft_wrap=True)
         for line in display.probes(verdict):
             console.print(line, soft_wrap=True)
         commands = [_command_for(options.out, failure) for failure in verdict.failures]

@@ -96,7 +96,7 @@ def _verdict(verdict: Verdict) -> str:
     if verdict.broken:
         return "[bold red]NOT JUDGED" if verdict.broken["kind"] == "usage" else "[bold red]CRASH"
     failing = sum(cell.ratio > 1 for cell in verdict.cells.values())
-    if any(not f["steady"] for f in verdict.failures):
+    if verdict.nondeterministic:
         return "[bold red]NONDETERMINISTIC"
     if failing or verdict.ignored:
         return f"[bold red]FAIL ({failing + len(verdict.ignored)})"
@@ -115,6 +115,16 @@ def counts(verdict: Verdict, device: str) -> str:
     if verdict.code == 0:
         text += f"\n  {PROMISE.format(cases=verdict.seen, device=device)}"
     return text
+
+
+def contract(named: str | None) -> str:
+    """Say by which precision contract a foreign target was judged: it declares none."""
+    if named:
+        return f"  assumed precision contract (--contract): everything in {named}"
+    return (
+        "  assumed precision contract: operands as the inputs, sums and states in float32 (float64 for float64); "
+        "--contract NAME assumes another"
+    )
 
 
 def probes(verdict: Verdict) -> Iterator[str]:

@@ -102,7 +102,10 @@ def _judge_one(plan: Plan, target: Target, emit: Emit) -> None:
 def load(plan: Plan) -> Target:
     """Find the target of a plan. Raises TargetError for a target that does not exist, or a device that is not here."""
     if plan.target.startswith("mutant:"):
-        return mutants.target_of(mutants.find(plan.target.removeprefix("mutant:")))
+        try:
+            return mutants.target_of(mutants.find(plan.target.removeprefix("mutant:")))
+        except KeyError as error:
+            raise TargetError(error.args[0]) from error
     target = resolve(plan.target, plan.device, Path(plan.config) if plan.config else None, plan.contract)
     try:
         torch.empty(0, device=plan.device)

@@ -81,11 +81,17 @@ class Verdict:
         return [p for p in self.probes if p["outcome"] == "ignored"]
 
     @property
+    def nondeterministic(self) -> bool:
+        """True if equal calls gave different bits, or a failure was gone when its case ran again."""
+        unequal = any(cell.ratio > 1 for name, cell in self.cells.items() if name.startswith("determinism"))
+        return unequal or any(not f["steady"] for f in self.failures)
+
+    @property
     def code(self) -> int:
         """Exit code of this target alone."""
         if self.broken:
             return USAGE if self.broken["kind"] == "usage" else CRASH
-        if any(not f["steady"] for f in self.failures):
+        if self.nondeterministic:
             return FLAKY
         if self.ignored or any(cell.ratio > 1 for cell in self.cells.values()):
             return FAILED
