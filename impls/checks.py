@@ -72,13 +72,19 @@ def check_packing(q, cu_seqlens, cu_seqlens_cpu) -> None:
         raise ValueError(f"q must have batch size B = 1 with cu_seqlens, got B = {q.shape[0]}")
     _device("cu_seqlens", cu_seqlens, q.device)
     if cu_seqlens_cpu is not None:
-        _shape("cu_seqlens_cpu", cu_seqlens_cpu, "N + 1", tuple(cu_seqlens.shape))
-        _device_cpu(cu_seqlens_cpu)
+        _check_copy(cu_seqlens, cu_seqlens_cpu)
 
 
-def _device_cpu(x: torch.Tensor) -> None:
-    if x.device.type != "cpu":
-        raise ValueError(f"cu_seqlens_cpu must be on cpu, got {x.device}")
+def _check_copy(cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor) -> None:
+    """Check that cu_seqlens_cpu is a copy; its values only where both can be read without waiting for a device."""
+    _shape("cu_seqlens_cpu", cu_seqlens_cpu, "N + 1", tuple(cu_seqlens.shape))
+    if cu_seqlens_cpu.device.type != "cpu":
+        raise ValueError(f"cu_seqlens_cpu must be on cpu, got {cu_seqlens_cpu.device}")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    expected, actual = cu_seqlens.tolist(), cu_seqlens_cpu.tolist()
+    if expected != actual:
+        raise ValueError(f"cu_seqlens_cpu must equal cu_seqlens = {expected}, got {actual}")
 
 
 def bounds_of(cu_seqlens: torch.Tensor | None, T: int) -> list[int] | None:

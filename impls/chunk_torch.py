@@ -45,7 +45,7 @@ def chunk_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     """
     config = chunk_torch_config(config, chunk_size)
     launch = (config.chunk_size, config.block_tokens, config.heads, int(config.compile))
-    return call_op(_op, q, k, v, g, beta, launch=launch, chunk_size=config.chunk_size, **keywords)
+    return call_op(op, q, k, v, g, beta, launch=launch, chunk_size=config.chunk_size, **keywords)
 
 
 def _halves(x: torch.Tensor, s: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,4 +176,4 @@ def _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_st
     return o, states.final if output_final_state else states.final.new_empty(0), states.kept
 
 
-_op = register("chunk_torch", _forward, adjoint)
+op = register("chunk_torch", _forward, adjoint)

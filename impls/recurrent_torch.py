@@ -30,7 +30,7 @@ def recurrent_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keyword
         raise TypeError(f"config must be None for recurrent_torch, got {config!r}")
     if chunk_size is not None:
         raise ValueError(f"chunk_size must be None for recurrent_torch, which has no chunks, got {chunk_size}")
-    return call_op(_op, q, k, v, g, beta, launch=(), chunk_size=1, **keywords)
+    return call_op(op, q, k, v, g, beta, launch=(), chunk_size=1, **keywords)
 
 
 def step(S: torch.Tensor, q, k, v, alpha, beta) -> torch.Tensor:
@@ -68,4 +68,4 @@ def _all_heads(S: torch.Tensor, token: list[torch.Tensor]) -> torch.Tensor:
     return step(S.flatten(0, 1), q, k, v, torch.exp(g).mT, beta).view(S.shape[0], S.shape[1], -1)
 
 
-_op = register("recurrent_torch", _forward, adjoint)
+op = register("recurrent_torch", _forward, adjoint)

@@ -107,9 +107,9 @@ def _save(ctx, inputs, output):
 
 def _differentiate_with(backward_op: Callable) -> Callable:
     def backward(ctx, do, dS, dh):
-        dS = dS if ctx.has_final_state else None
-        *gradients, dS0 = backward_op(*ctx.saved_tensors, ctx.scale, do, dS)
-        dS0 = None if ctx.saved_tensors[5] is None else dS0
+        saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+        *gradients, dS0 = backward_op(*saved, ctx.scale, do, dS if ctx.has_final_state else None)
+        dS0 = None if saved[5] is None else dS0
         return (*gradients, dS0, None, None, None, None, None)
 
     return backward

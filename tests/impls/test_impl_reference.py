@@ -19,7 +19,7 @@ FLOAT32 = {"recurrent_torch": 6e-7, "chunk_torch": 3.2e-6}
 FLOAT32_REFLECTIONS = {"recurrent_torch": 2e-6, "chunk_torch": 3e-5}
 BOUNDS = {torch.float64: 3e-15, torch.float32: None, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
-# B, T, H, HV, K, V: lengths around chunk borders; channels that are no powers of two, or one, or the most; grouped heads.
+# B, T, H, HV, K, V: lengths around chunk borders; channels that are no powers of two, or one, or the most.
 SHAPES = [
     (2, 0, 1, 2, 3, 16),
     (3, 1, 2, 2, 16, 3),

@@ -1,0 +1,150 @@
+"""What everybody owes bit for bit, and what the contracts claim beyond that, over many random cases."""
+
+import random
+
+import pytest
+import torch
+
+from impls import IMPLEMENTATIONS, find, kda
+
+NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
+CLAIMED = [(name, claim) for name in NAMES for claim in sorted(find(name).contract("float32").bitwise)]
+TRIALS = 40
+
+
+def cases(seed: int):
+    """Yield dtype and shape (B, T, H, HV, K, V) of random cases, most of them ragged."""
+    rng = random.Random(seed)
+    for _ in range(TRIALS):
+        H = rng.randint(1, 3)
+        shape = (
+            rng.randint(1, 4),
+            rng.randint(1, 90),
+            H,
+            H * rng.randint(1, 3),
+            rng.randint(1, 40),
+            rng.randint(1, 40),
+        )
+        yield rng, rng.choice([torch.float32, torch.float64, torch.bfloat16]), shape
+
+
+def both(name, inputs, **keywords):
+    return kda(*inputs, implementation=name, output_final_state=True, **keywords)
+
+
+def assert_same(results, expected):
+    for x, y in zip(results, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_future_does_not_reach_the_past(draw, name):
+    for rng, dtype, shape in cases(1):
+        inputs, other, t = draw(*shape, dtype, resets=True), draw(*shape, dtype, seed=7), rng.randrange(shape[1])
+        changed = [torch.cat([x[:, :t], y[:, t:]], 1) for x, y in zip(inputs, other, strict=True)]
+        assert torch.equal(both(name, inputs)[0][:, :t], both(name, changed)[0][:, :t])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_neighbours_content_does_not_matter_not_even_nan(draw, draw_state, name):
+    for rng, dtype, shape in cases(2):
+        B, _, H, HV, K, V = shape
+        inputs, S0 = draw(*shape, dtype), draw_state(B, HV, K, V, torch.float32)
+        b, h = rng.randrange(B), rng.randrange(H)
+        group = slice(h * (HV // H), (h + 1) * (HV // H))
+        o, S = both(name, inputs, initial_state=S0)
+        alone = [torch.full_like(x, torch.nan) for x in inputs]
+        for x, y, heads in zip(alone, inputs, (h, h, group, group, group), strict=True):
+            x[b, :, heads] = y[b, :, heads]
+        poisoned_o, poisoned_S = both(name, alone, initial_state=S0)
+        assert_same((poisoned_o[b, :, group], poisoned_S[b, group]), (o[b, :, group], S[b, group]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("flags", [False, True])
+def test_permuting_batches_and_heads_permutes_bits_with_and_without_activations(draw, name, flags):
+    for rng, dtype, (B, T, _, HV, K, V) in cases(3):
+        inputs, A_log = draw(B, T, HV, HV, K, V, dtype), torch.linspace(-1, 1, HV)
+        order, heads = (torch.tensor(rng.sample(range(n), n)) for n in (B, HV))
+        names = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel")
+        on = dict.fromkeys(names, flags)
+        o, S = both(name, inputs, A_log=A_log, **on)
+        permuted = both(name, [x[order][:, :, heads] for x in inputs], A_log=A_log[heads], **on)
+        assert_same(permuted, (o[order][:, :, heads], S[order][:, heads]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signs_and_powers_of_two_pass_through(draw, draw_state, name):
+    for _, dtype, shape in cases(4):
+        B, _, _, HV, K, V = shape
+        (q, k, v, g, beta), S0 = draw(*shape, dtype), draw_state(B, HV, K, V, torch.float32)
+        o, S = both(name, (q, k, v, g, beta), initial_state=S0)
+        sign = torch.where(torch.arange(K) % 3 == 0, -1, 1).to(dtype)
+        flipped = both(name, (q * sign, k * sign, v, g, beta), initial_state=S0 * sign[:, None])
+        assert_same(flipped, (o, S * sign[:, None]))
+        assert_same(both(name, (-4 * q, -2 * k, -2 * v, g, beta / 4), initial_state=S0), (-4 * o, S))
+        assert_same(both(name, (q, k, v / 8, g, beta), initial_state=S0 / 8), (o / 8, S / 8))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_repeat_themselves(draw, name):
+    for _, dtype, shape in cases(5):
+        inputs = draw(*shape, dtype)
+        assert_same(both(name, inputs), both(name, inputs))
+
+
+def sequence_count(name, inputs, rng, S0):
+    B, T = inputs[0].shape[:2]
+    o, S = both(name, inputs, initial_state=S0)
+    b = rng.randrange(B)
+    assert_same(both(name, [x[b : b + 1] for x in inputs], initial_state=S0[b : b + 1]), (o[b : b + 1], S[b : b + 1]))
+    packed = [x.flatten(0, 1).unsqueeze(0) for x in inputs]
+    bounds = torch.arange(B + 1) * T
+    assert_same(both(name, packed, initial_state=S0, cu_seqlens=bounds), (o.flatten(0, 1).unsqueeze(0), S))
+
+
+def length(name, inputs, rng, S0):
+    t = rng.randrange(inputs[0].shape[1] + 1)
+    o, _ = both(name, inputs, initial_state=S0)
+    assert torch.equal(both(name, [x[:, :t] for x in inputs], initial_state=S0)[0], o[:, :t])
+
+
+def layout(name, inputs, rng, S0):
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in inputs]
+    strided = [torch.stack([x, x], -1)[..., 0] for x in inputs]
+    for other in (views, shifted, strided):
+        assert_same(both(name, other, initial_state=S0.mT.contiguous().mT), both(name, inputs, initial_state=S0))
+    expanded = [x[:, :1].expand_as(x) for x in inputs]
+    assert_same(both(name, expanded), both(name, [x.contiguous() for x in expanded]))
+
+
+def value_slices(name, inputs, rng, S0):
+    q, k, v, g, beta = inputs
+    o, S = both(name, inputs, initial_state=S0)
+    some = slice(first := rng.randrange(v.shape[-1]), rng.randrange(first, v.shape[-1]) + 1)
+    assert_same(both(name, (q, k, v[..., some], g, beta), initial_state=S0[..., some]), (o[..., some], S[..., some]))
+
+
+def split(name, inputs, rng, S0):
+    t = rng.randrange(inputs[0].shape[1] + 1)
+    first, between = both(name, [x[:, :t] for x in inputs], initial_state=S0)
+    second, S = both(name, [x[:, t:] for x in inputs], initial_state=between)
+    assert_same((torch.cat([first, second], 1), S), both(name, inputs, initial_state=S0))
+
+
+@pytest.mark.parametrize("name, claim", CLAIMED)
+def test_claims_of_the_contracts_hold(draw, draw_state, name, claim):
+    for rng, dtype, shape in cases(6):
+        B, _, _, HV, K, V = shape
+        state = torch.float64 if dtype == torch.float64 else torch.float32
+        globals()[claim](name, draw(*shape, dtype, resets=True), rng, draw_state(B, HV, K, V, state))
+
+
+@pytest.mark.parametrize("C", [16, 32, 64, 128])
+def test_a_chunk_form_cut_between_chunks_is_bit_equal(draw, C):
+    inputs = draw(2, 2 * C + 5, 1, 2, 12, 7)
+    o, S = both("chunk_torch", inputs, chunk_size=C)
+    first, between = both("chunk_torch", [x[:, :C] for x in inputs], chunk_size=C)
+    second, last = both("chunk_torch", [x[:, C:] for x in inputs], chunk_size=C, initial_state=between)
+    assert_same((torch.cat([first, second], 1), last), (o, S))

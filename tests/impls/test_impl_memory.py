@@ -1,0 +1,55 @@
+"""No tensor inside the implementations is larger than an input, and a block bounds what chunks work on."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from impls import adjoint_torch, chunk_torch, recurrent_torch
+
+
+class Largest(TorchDispatchMode):
+    """Record the largest number of elements that any operation inside returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        storages = [
+            x.untyped_storage().nbytes() // x.itemsize for x in tree_leaves(result) if isinstance(x, torch.Tensor)
+        ]
+        self.elements = max([self.elements, *storages])
+        return result
+
+
+T, HV, K, V = 2048, 4, 64, 64
+
+
+def forward(function, launch):
+    return lambda inputs, S0: function(*inputs, S0, None, 0.3, True, 0, launch)
+
+
+def backward(inputs, S0):
+    return adjoint_torch.adjoint(*inputs, S0, None, 0.3, torch.ones_like(inputs[2]), S0)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [forward(recurrent_torch._forward, ()), forward(chunk_torch._forward, (64, 256, 16, 0)), backward],
+    ids=["recurrent_torch", "chunk_torch", "adjoint_torch"],
+)
+@pytest.mark.parametrize("H", [1, 4])
+def test_no_tensor_is_larger_than_an_input(draw, draw_state, run, H):
+    inputs, S0 = draw(1, T, H, HV, K, V), draw_state(1, HV, K, V)
+    with Largest() as seen:
+        run(inputs, S0)
+    assert seen.elements == inputs[2].numel()
+
+
+@pytest.mark.parametrize("C", [16, 64])
+def test_inside_a_block_of_chunks_no_tensor_is_larger_than_two_inputs_of_the_block(draw, draw_state, C):
+    M, L = 4, 128
+    q, k, v, g, beta = (x.transpose(1, 2).flatten(0, 1).view(M, L, -1) for x in draw(1, L, M, M, K, V))
+    with Largest() as seen:
+        chunk_torch.block(q, k, v, g, beta, draw_state(1, M, K, V)[0], C)
+    assert seen.elements <= 2 * M * L * K

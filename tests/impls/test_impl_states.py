@@ -1,0 +1,83 @@
+"""States go in, come out, and come out on the way: copies, in both layouts, equal to those of runs that were cut."""
+
+import pytest
+import torch
+
+from impls import IMPLEMENTATIONS, kda
+
+NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("T", [0, 1, 40])
+def test_inputs_stay_untouched_and_nothing_is_aliased(draw, draw_state, name, T):
+    inputs = [*draw(2, T, 1, 2, 16, 16), draw_state(2, 2, 16, 16)]
+    before = [x.clone() for x in inputs]
+    o, S = kda(*inputs[:5], implementation=name, initial_state=inputs[5], output_final_state=True)
+    o.fill_(7), S.fill_(7)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_tokens_pass_the_state_through(draw, draw_state, name):
+    S0 = draw_state(2, 2, 3, 5, torch.bfloat16)
+    o, S = kda(*draw(2, 0, 1, 2, 3, 5), implementation=name, initial_state=S0, output_final_state=True)
+    assert o.shape == (2, 0, 2, 5) and torch.equal(S, S0.float())
+    _, S = kda(*draw(2, 0, 1, 2, 3, 5), implementation=name, output_final_state=True)
+    assert torch.equal(S, torch.zeros(2, 2, 3, 5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_sequences_pass_their_state_through(draw, draw_state, name):
+    bounds, S0 = torch.tensor([0, 0, 20, 20]), draw_state(3, 2, 3, 5)
+    inputs = draw(1, 20, 1, 2, 3, 5)
+    _, S = kda(*inputs, implementation=name, cu_seqlens=bounds, initial_state=S0, output_final_state=True)
+    _, alone = kda(*inputs, implementation=name, initial_state=S0[1:2], output_final_state=True)
+    assert torch.equal(S, torch.cat([S0[:1], alone, S0[2:]]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_layouts_are_transposes_of_each_other(draw, draw_state, name):
+    inputs, S0 = draw(2, 40, 1, 2, 6, 9), draw_state(2, 2, 6, 9)
+    asked = {"implementation": name, "output_final_state": True, "return_intermediate_states": True}
+    o, S, h = kda(*inputs, initial_state=S0, **asked)
+    other, S_v_first, h_v_first = kda(*inputs, initial_state=S0.mT.contiguous(), state_v_first=True, **asked)
+    assert torch.equal(o, other) and torch.equal(S, S_v_first.mT) and torch.equal(h, h_v_first.mT)
+    assert S_v_first.is_contiguous()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("T, interval", [(0, 64), (64, 64), (200, 64), (200, 128), (100, 32)])
+def test_intermediate_states_are_those_of_runs_cut_there(draw, draw_state, name, T, interval):
+    inputs, S0 = draw(2, T, 1, 2, 6, 9), draw_state(2, 2, 6, 9)
+    _, _, h = kda(
+        *inputs, implementation=name, initial_state=S0, return_intermediate_states=True, state_interval=interval
+    )
+    assert h.shape == (2, -(-T // interval), 2, 6, 9)
+    for i in range(h.shape[1]):
+        part = [x[:, : i * interval] for x in inputs]
+        _, S = kda(*part, implementation=name, initial_state=S0, output_final_state=True)
+        assert torch.equal(h[:, i], S)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_intermediate_states_of_packed_sequences_follow_one_another(draw, name):
+    bounds, inputs = [0, 70, 70, 71, 200], draw(1, 200, 1, 2, 6, 9, torch.bfloat16)
+    asked = {"implementation": name, "return_intermediate_states": True}
+    _, _, h = kda(*inputs, cu_seqlens=torch.tensor(bounds), **asked)
+    runs = zip(bounds, bounds[1:], strict=False)
+    alone = [kda(*(x[:, first:last] for x in inputs), **asked)[2] for first, last in runs]
+    assert h.dtype == torch.bfloat16 and h.shape[1] == 2 + 0 + 1 + 3
+    assert torch.equal(h, torch.cat(alone, 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_token_by_token_continues_a_prefill(draw, name):
+    inputs = draw(2, 70, 1, 2, 16, 16, torch.float64)
+    o, S = kda(*inputs, implementation=name, output_final_state=True)
+    rows, state = [], None
+    for first, last in [(0, 65), *((t, t + 1) for t in range(65, 70))]:
+        row, state = kda(*(x[:, first:last] for x in inputs), initial_state=state, output_final_state=True)
+        rows.append(row)
+    assert torch.allclose(torch.cat(rows, 1), o, rtol=0, atol=1e-14)
+    assert torch.allclose(state, S, rtol=0, atol=1e-14)
