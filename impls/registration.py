@@ -4,7 +4,8 @@ Autograd does not work inside a custom op, and written inside `register_autograd
 opcheck would report other gradients: so the backward is an op of its own.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -28,11 +29,30 @@ def _kept_states(q, v, cu_seqlens, interval: int):
     return 1, torch.library.get_ctx().new_dynamic_size(), HV, K, V
 
 
-def _without_autocast(function: Callable) -> Callable:
-    """Run a function of (q, ...) with autocast off: it would round the operands of the products inside to bfloat16."""
+@contextlib.contextmanager
+def _full_products(device_type: str) -> Iterator[None]:
+    """Multiply float32 in float32, whatever `torch.set_float32_matmul_precision` or autocast say; both come back after.
+
+    They would round the operands of the products inside to bfloat16 (or tf32), which the contracts do not say.
+    """
+    matmul = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
+    asked = matmul.fp32_precision
+    reduced = asked not in ("ieee", "none")
+    if reduced:
+        matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device_type=device_type, enabled=False):
+            yield
+    finally:
+        if reduced:
+            matmul.fp32_precision = asked
+
+
+def _in_full_precision(function: Callable) -> Callable:
+    """Run a function of (q, ...) with full products, on q's device."""
 
     def run(q, *rest):
-        with torch.autocast(device_type=q.device.type, enabled=False):
+        with _full_products(q.device.type):
             return function(q, *rest)
 
     return run
@@ -47,7 +67,7 @@ def register(name: str, forward: Callable, backward: Callable) -> Callable:
     (output_final_state=False, state_interval=0) comes empty. backward(q, k, v, g, beta, initial_state, cu_seqlens,
     scale, do, dS) returns the gradients of q, k, v, g, beta, and of the initial state (empty where there is none).
     """
-    forward, backward = _without_autocast(forward), _without_autocast(backward)
+    forward, backward = _in_full_precision(forward), _in_full_precision(backward)
 
     @torch.library.custom_op(f"kda_forge::{name}", mutates_args=())
     def op(

@@ -184,6 +184,19 @@ def test_autocast_does_not_reach_the_inside(draw, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_lower_precision_of_products_elsewhere_does_not_reach_the_inside(draw, name):
+    inputs = draw(1, 100, 2, 2, 64, 64)
+    o, _ = kda(*inputs, implementation=name)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(kda(*inputs, implementation=name)[0], o)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_only_inputs_that_want_a_gradient_get_one_and_no_tokens_are_no_trouble(draw, draw_state, name):
     (q, k, v, g, beta), S0 = draw(2, 0, 1, 2, 3, 3), draw_state(2, 2, 3, 3).requires_grad_()
     v.requires_grad_()
