@@ -1,7 +1,6 @@
 """Running error bounds along a case, in units of the roundoff: a step's rounding enters, the contraction carries it on.
 
-For every token and value column j (columns of the state never mix), with s = ||S_t[:, j]|| and p = ||alpha_t S_{t-1}[:,
-j]||:
+For every token and value column j (columns never mix), with s = ||S_t[:, j]|| and p = ||alpha_t S_{t-1}[:, j]||:
 
     e_t[j] = max(alpha_t) (e_{t-1}[j] + s_{t-1}[j]) + beta_t ||k_t|| (|v_tj| + sqrt(K) ||k_t|| p_t[j]) + s_t[j]
 

@@ -1,6 +1,4 @@
-"""A case: the arrays and arguments of one call, exactly representable in the dtypes that the kernel gets, and ways to
-vary it.
-"""
+"""A case: arrays and arguments of one call, exactly representable in the kernel's dtypes, and ways to vary it."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -15,9 +13,7 @@ TOKENWISE = ("q", "k", "v", "g", "beta", "do")
 
 @dataclass(frozen=True)
 class Activation:
-    """What the op is asked to compute inside from raw q, k, g, beta; `None` or False means that the input is already
-    activated.
-    """
+    """What the op computes inside from raw q, k, g, beta; False or "none": the input comes activated."""
 
     l2norm: bool = False
     gate: str = "none"
@@ -34,10 +30,9 @@ class Activation:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Inputs of one call in float64: q, k, do-like arrays [B, T, heads, dim] as in DESIGN section 3, S0 [N, HV, K, V]
-    or None.
+    """Inputs of one call in float64: q, k [B, T, H, K], v [B, T, HV, V], g [B, T, HV, K], beta [B, T, HV].
 
-    do [B, T, HV, V] and dS [N, HV, K, V] are the gradients that a backward starts from.
+    S0 [N, HV, K, V] or None; do [B, T, HV, V] and dS [N, HV, K, V] are the gradients that a backward starts from.
     """
 
     q: np.ndarray
@@ -135,9 +130,7 @@ class Case:
         return replace(self, **changes)
 
     def tokens(self, start: int, stop: int) -> "Case":
-        """Cut out tokens [start, stop) of every sequence of an unpacked batch, with the state that it then starts from:
-        none.
-        """
+        """Cut tokens [start, stop) out of an unpacked batch; S0 stays with a cut from 0, others start from none."""
         assert self.cu_seqlens is None
         cut = {name: getattr(self, name)[:, start:stop] for name in TOKENWISE}
         return self.but(**cut, S0=self.S0 if start == 0 else None)

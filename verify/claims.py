@@ -9,7 +9,7 @@ from verify.trial import Measure, Trial
 KINDS = {
     "bitwise": "every bit must agree, without any tolerance",
     "tolerance": "errors are measured row by row in units of what legal roundings lose in the same case (gate Y)",
-    "bound": "a proven inequality that no rounding can break (gate R, or an exact zero)",
+    "bound": "an exact zero, or a finite number, that no rounding can break",
 }
 
 

@@ -17,9 +17,7 @@ SEEN = 10.0
 
 
 def covered(case: Case, yard: Yardstick) -> dict[str, float]:
-    """Return, for each term that the case has, the largest change of a row of o or S without it, in units of legal
-    error.
-    """
+    """Return, for each term of the case, the largest change of a row of o or S without it, in units of legal error."""
     inner = activated(case)
     changes = {name: _change(yard, *_without(inner, name)) for name in TERMS if _has(inner, name)}
     return {name: float(min(change, 1e6)) for name, change in changes.items()}

@@ -20,9 +20,7 @@ PROMISE = "no counterexample in {cases} cases of these families, under the state
 
 @contextmanager
 def progress(console: Console, expected: dict[str, int]) -> Iterator[Listener]:
-    """Show a bar for every target (its recipes out of `expected`) and the worst ratio so far; yields a listener of
-    records.
-    """
+    """Show a bar for every target (recipes out of `expected`) and its worst ratio; yields a listener of records."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -120,7 +118,8 @@ def counts(verdict: Verdict, device: str) -> str:
 def contract(named: str | None) -> str:
     """Say by which precision contract a foreign target was judged: it declares none."""
     if named:
-        return f"  assumed precision contract (--contract): everything in {named}"
+        wide = "float64" if named == "float64" else "float32"
+        return f"  assumed precision contract (--contract): operands in {named}, sums and states in {wide}"
     return (
         "  assumed precision contract: operands as the inputs, sums and states in float32 (float64 for float64); "
         "--contract NAME assumes another"

@@ -1,5 +1,4 @@
-"""Exact numbers: rounding to the dtypes that kernels use, and random draws that are the same on every machine and
-release.
+"""Exact numbers: rounding to the dtypes that kernels use, and random draws that are the same on every machine.
 
 NumPy promises the raw stream of its bit generators but not its distributions, so every draw here is built from raw
 Philox integers with operations that IEEE 754 defines exactly (integer sums, division by powers of two, sqrt, one
@@ -47,9 +46,7 @@ def _drop_bits(single: np.ndarray, bits: int) -> np.ndarray:
 
 
 class Dice:
-    """Counter-based random draws named by a seed and a label: equal names give equal numbers, whatever was drawn
-    before.
-    """
+    """Random draws named by a seed and a label: equal names give equal numbers, whatever was drawn before."""
 
     def __init__(self, seed: int, *label: object):
         digest = hashlib.sha256(repr((seed, *label)).encode()).digest()

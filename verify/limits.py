@@ -37,9 +37,7 @@ START = Limits(row=3.0, row_overall=2.0, pair=6.0, pair_overall=4.0, never=4.0, 
 
 
 def limits_for(contract: PrecisionContract, dtype: str, conditioning: str) -> Limits:
-    """Return the limits of a contract class (operand > input dtype) and conditioning class; "any" where none was
-    calibrated.
-    """
+    """Return the limits of a contract (operand > input dtype) and conditioning class; "any" where there is none."""
     table = _load()["limits"]
     kind = f"{contract.operand}>{dtype}"
     return Limits(**table.get(f"{kind} {conditioning}", table[f"any {conditioning}"])["limits"])

@@ -1,5 +1,4 @@
-"""The judge's own chunkwise KDA in plain differentiable torch: right, small, slow, and made of parts that can be
-replaced.
+"""The judge's own chunkwise KDA in plain differentiable torch: right, slow, and made of parts that can be replaced.
 
 Inside a chunk of C tokens, with the decays D_ij = exp(g_{j+1} + ... + g_i) [C, C, K] written out (no exponent is
 positive):

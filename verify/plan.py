@@ -5,9 +5,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Profile:
-    """How much is tried: recipes per dtype, the longest sequence, the work of one case (B*HV*T*K*V), attempts at
-    shrinking.
-    """
+    """How much is tried: recipes per dtype, longest sequence, work of one case (B*HV*T*K*V), attempts at shrinking."""
 
     name: str
     summary: str
@@ -57,8 +55,7 @@ class Plan:
     recipe: dict | None = None
     """Judge this one recipe only, without drawing: a replay."""
     kills: int = 0
-    """Stop after so many failing recipes, without shrinking: the self-test needs to know that a mutant dies, not how.
-    """
+    """Stop after so many failing recipes, without shrinking: the self-test asks whether a mutant dies, not how."""
 
     def to_json(self) -> dict:
         """Return a dictionary of JSON values."""

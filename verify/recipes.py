@@ -1,5 +1,4 @@
-"""Recipes: what a case is made of, in a few words and integers, so that it can be stored, shrunk and made again
-anywhere.
+"""Recipes: what a case is made of, in words and integers, so that it can be stored, shrunk and made again anywhere.
 
 A recipe never holds elements of arrays. Hypothesis draws and shrinks recipes (`recipes`), `families.materialise` turns
 one into arrays. Every field's first or smallest value is the simplest one: that is where shrinking leads.
@@ -90,9 +89,7 @@ class Recipe:
 
     @property
     def conditioning(self) -> str:
-        """Class of the triangular solve: its condition is bounded by 2 for beta <= 1 and unit keys, unbounded towards
-        2.
-        """
+        """Class of the triangular solve: its condition is at most 2 for beta ||k||^2 <= 1, and unbounded towards 2."""
         doubled = self.sigmoid == "twice" or (self.sigmoid == "none" and self.betas in ("above_one", "largest"))
         return "beta<=2" if doubled else "beta<=1"
 

@@ -1,6 +1,4 @@
-"""Failing cases as files: a JSON recipe that --replay reads, and beside it a script that needs nothing but torch and
-the target.
-"""
+"""Failing cases as files: a JSON recipe that --replay reads, and a script that needs only torch and the target."""
 
 import json
 import re
@@ -24,9 +22,7 @@ NEEDED = {"target", "device", "property", "recipe", "inputs", "config", "contrac
 
 
 def save(folder: Path, failure: dict) -> Path:
-    """Write a failure record as FOLDER/<target>-<property>-<hash>.json, and a standalone script where the case is
-    small.
-    """
+    """Write a failure record as FOLDER/<target>-<property>-<hash>.json, and beside a small case a script."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^\w.-]+", "_", f"{failure['target']}-{failure['property']}-{failure['inputs'][:6]}")
     path = folder / f"{stem}.json"

@@ -15,9 +15,7 @@ from verify.plan import Plan
 
 SIDE_BY_SIDE = 2
 SILENCE = 600.0
-"""Seconds without a record after which a worker is taken for hung and killed. One recipe of the deep profile takes
-under 20.
-"""
+"""Seconds without a record after which a worker counts as hung and is killed; a deep recipe takes under 20."""
 
 PASS, FAILED, USAGE, NOTHING, SURVIVOR, FLAKY, CRASH, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 

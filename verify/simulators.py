@@ -1,5 +1,4 @@
-"""Slow runs of KDA that round exactly where a precision contract says: what a right implementation may lose, and no
-more.
+"""Slow runs of KDA that round operands and sums as a precision contract says: what a right implementation may lose.
 
 Two legal orders of operations, heads first ([..., T, K]): token by token (with its adjoint), and in chunks with the
 triangular solve of the WY form. Decays between two tokens are products of exp(g), so every gate down to minus infinity
@@ -35,9 +34,7 @@ class Rounding:
 
 
 def sequential(q, k, v, g, beta, S, scale: float, rounding: Rounding) -> tuple[np.ndarray, np.ndarray]:
-    """Run token by token. q, k, g [..., T, K], v [..., T, V], beta [..., T], S [..., K, V]; returns o and the last
-    state.
-    """
+    """Run token by token: q, k, g [..., T, K], v [..., T, V], beta [..., T], S [..., K, V] to o and the last state."""
     r = rounding.cast
     q, k, v, g, beta, S = (np.asarray(x, rounding.numpy) for x in (q, k, v, g, beta, S))
     alpha, o = np.exp(g), np.empty_like(v)

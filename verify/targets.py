@@ -20,9 +20,7 @@ from impls.contracts import PrecisionContract
 from verify.cases import Case
 
 GUARD = 64
-"""Elements of NaN on both sides of every input buffer: 256 bytes in float32, which keeps the alignment that allocators
-give.
-"""
+"""Elements of NaN on both sides of every input buffer: 256 bytes in float32, the alignment that allocators give."""
 
 STANDARD = frozenset(
     {
@@ -88,9 +86,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def default_contract(dtype: str) -> PrecisionContract:
-    """Assume what kernels usually promise where nothing is declared: operands in the input dtype, sums and state in
-    float32.
-    """
+    """Assume what kernels usually promise: operands in the input dtype, sums and state in float32 at least."""
     wide = "float64" if dtype == "float64" else "float32"
     return PrecisionContract(dtype, wide, wide, wide, dtype, output=dtype)
 
@@ -220,9 +216,7 @@ def _gradients(
 
 @contextlib.contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """Fill every tensor that Python code allocates without a value (torch.empty and its kin) with NaN while this is
-    active.
-    """
+    """Fill with NaN, while this is active, what Python code allocates without a value (torch.empty and its kin)."""
     places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
     saved = [(owner, name, getattr(owner, name)) for owner, name in places]
     for owner, name, original in saved:

@@ -1,6 +1,4 @@
-"""One recipe against one target: the base call, the definition and the yardstick are computed once and shared by all
-properties.
-"""
+"""One recipe against one target: base call, definition and yardstick are computed once, for all properties."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -22,9 +20,7 @@ from verify.yardstick import Yardstick, rows
 
 @dataclass(frozen=True)
 class Measure:
-    """One judged number: observed against allowed. `ratio` above 1 is a failure; bitwise claims have ratio 0 or
-    infinity.
-    """
+    """One judged number: observed against allowed. A ratio above 1 fails; bitwise claims have ratio 0 or infinity."""
 
     what: str
     observed: float
@@ -152,9 +148,7 @@ class Trial:
 
 
 def same_bits(what: str, got: torch.Tensor, expected: torch.Tensor) -> Measure:
-    """Measure equality of every bit that a value has (NaN equals NaN, 0 equals -0): observed is the number of differing
-    elements.
-    """
+    """Count the elements that differ in any bit of their value (NaN equals NaN, 0 equals -0)."""
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return Measure(
             f"{what}: {tuple(got.shape)} {got.dtype} for {tuple(expected.shape)} {expected.dtype}", float("inf"), 0

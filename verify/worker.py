@@ -14,7 +14,7 @@ from verify.plan import Plan
 
 
 def main() -> int:
-    """Judge the plans one by one. Returns 0, or 6 after an error of our own."""
+    """Judge the plans one by one; an error of our own becomes a crash record, and the next plan follows. Returns 0."""
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for data in json.load(sys.stdin):

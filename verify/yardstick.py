@@ -1,5 +1,4 @@
-"""What an error is divided by. Gate Y: the error that legal roundings make in the same case; gate R: a bound never
-exceeded.
+"""What an error is divided by. Gate Y: what legal roundings lose in the same case; gate R: a running error bound.
 
 Y, per row (token and head; value column of a state), is the root mean square error of the simulators that round where
 the precision contract says. Its floor does not depend on the candidate: the median row, the rounding of the output, and
@@ -260,9 +259,7 @@ def _raw_floors(case: Case, inner: Case, floors: dict, grads: dict, u: float) ->
 
 
 def _gate_slopes(case: Case, inner: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray | float, np.ndarray]:
-    """Return |dg/dx|, |dg/dA_log|, what 1 - sigmoid leaves by cancellation in units of u, and |x + dt_bias|, [B, T, HV,
-    K].
-    """
+    """Return |dg/dx|, |dg/dA_log|, what 1 - sigmoid loses by cancellation, and |x + dt_bias|, [B, T, HV, K]."""
     a, ones = case.activation, np.ones_like(case.g)
     argument = np.abs(case.g + np.reshape(a.dt_bias, (case.HV, case.K)))
     if a.gate == "softplus":

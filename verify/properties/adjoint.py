@@ -1,6 +1,4 @@
-"""Properties of the gradients of L = <do, o> + <dS_T, S_T>: identities on the kernel's own outputs, exact zeros,
-linearity.
-"""
+"""Properties of the gradients of L = <do, o> + <dS_T, S_T>: identities on own outputs, exact zeros, linearity."""
 
 from collections.abc import Iterable
 
@@ -38,7 +36,7 @@ def adjoint_identity(trial: Trial) -> Iterable[Measure]:
     """The backward is the transpose of the forward in (v, S_0), per sequence and head:
 
         <do, o> + <dS_T, S_T> = <dv, v> + <dS_0, S_0>
-    Reference-free. Would have caught: FLA #1146 (gradient through the final state), a dropped last row, FLA #1141.
+    Reference-free. Would have caught: FLA #1146, #1141 (gradient through the final state), a row lost in one direction.
     """
     got, legal, case = trial.both.numbers(), trial.yard.legal, trial.case
     columns = {
@@ -56,10 +54,9 @@ def adjoint_identity(trial: Trial) -> Iterable[Measure]:
 
 @claim("tolerance", _plain_gradients)
 def conservation_query(trial: Trial) -> Iterable[Measure]:
-    """Per token and head: <q_t, dq_t> = <o_t, do_t>, summed over the value heads of a group. Reference-free, at any
-    length.
+    """Per token and head: <q_t, dq_t> = <o_t, do_t>, summed over the value heads of a group.
 
-    Would have caught: FLA #871 (strided do), a scale missing in dq, rows shifted between forward and backward.
+    Reference-free, at any length. Would have caught: a scale missing in dq, rows shifted between forward and backward.
     """
     got, legal, case = trial.both.numbers(), trial.yard.legal, trial.case
     allowed = _size(case.q) * legal["dq"] + _grouped(trial, _size(case.do) * legal["o"])
@@ -85,8 +82,7 @@ def conservation_key(trial: Trial) -> Iterable[Measure]:
 def conservation_gate(trial: Trial) -> Iterable[Measure]:
     """Per token and head: sum_c dg_t - sum_c dg_{t+1} = <o_t, do_t> - <v_t, dv_t>, where sum_c dg_{T+1} is <dS_T, S_T>.
 
-    Reference-free. Would have caught: FLA #1095, #1150 (reverse sums as total minus prefix), gates shifted by one
-    token.
+    Reference-free. Would have caught: gates shifted by one token between forward and backward.
     """
     got, legal, case = trial.both.numbers(), trial.yard.legal, trial.case
     dg, width = np.sum(got["dg"], axis=-1), np.sqrt(case.K)
@@ -103,7 +99,8 @@ def conservation_gate(trial: Trial) -> Iterable[Measure]:
 def gradient_causality(trial: Trial) -> Iterable[Measure]:
     """With do zero after token i, and no dS_T, the gradients of all inputs after i are exactly zero.
 
-    Would have caught: FLA #1240 in the backward, gradients of the future through shared anchors.
+    Would have caught: FLA #1240 in the backward, gradients of the future through shared anchors, FLA #1095, #1150
+    (reverse sums as total minus prefix leave a rounding where nothing is).
     """
     case = trial.case
     cut = trial.dice("cut").integer(0, case.T)

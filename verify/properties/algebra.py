@@ -1,6 +1,4 @@
-"""Properties of the map (v, S_0) -> (o, S_T) and of its symmetries. Those by powers of two and signs need no tolerance
-at all.
-"""
+"""Properties of the map (v, S_0) -> (o, S_T) and of its symmetries; powers of two and signs need no tolerance."""
 
 from collections.abc import Iterable
 
@@ -54,8 +52,7 @@ def _scales(trial: Trial) -> bool:
 def scaling_values(trial: Trial) -> Iterable[Measure]:
     """Multiplying v and S_0 by 2^m multiplies o and S_T by 2^m, bit for bit, under any rounding policy.
 
-    Would have caught: absolute epsilons and clamps inside, zeros that pass a tolerance (KernelBench #165), a state that
-    is not carried.
+    Would have caught: absolute epsilons and clamps inside, small outputs flushed to zero (KernelBench #165).
     """
     case, m = trial.case, _exponent(trial)
     factor = 2.0**m
@@ -68,7 +65,7 @@ def scaling_values(trial: Trial) -> Iterable[Measure]:
 def scaling_queries(trial: Trial) -> Iterable[Measure]:
     """Multiplying q by 2^m multiplies o by 2^m bit for bit and leaves S_T alone.
 
-    Would have caught: a query that enters the state, an output added twice.
+    Would have caught: a query that enters the state, an epsilon or a clamp on scores.
     """
     m = trial.dice("exponent").integer(1, 4) * (1 - 2 * trial.dice("sign").integer(0, 2))
     scaled = trial.run(trial.case.but(q=trial.case.q * 2.0**m))
@@ -113,7 +110,7 @@ def scaling_keys(trial: Trial) -> Iterable[Measure]:
 def sign_flip_tokens(trial: Trial) -> Iterable[Measure]:
     """k_t -> -k_t with v_t -> -v_t, for any set of tokens, leaves every bit of o and S_T.
 
-    Would have caught: terms that are odd where they must be even: a solve with the wrong sign in one block.
+    Would have caught: an absolute value, a clamp or a shift of keys, values or scores.
     """
     case = trial.case
     if case.HV != case.H:
@@ -166,7 +163,7 @@ def channel_permutation(trial: Trial) -> Iterable[Measure]:
 def value_permutation(trial: Trial) -> Iterable[Measure]:
     """Permuting value channels of v and S_0 permutes o and S_T.
 
-    Would have caught: two value columns swapped, a split of V whose tiles overlap (FLA #941, #1018).
+    Would have caught: two value columns swapped, a split of V whose tiles overlap.
     """
     case, order = trial.case, trial.dice("order").permutation(trial.case.V)
     got = trial.run(case.but(v=case.v[..., order], S0=None if case.S0 is None else case.S0[..., order])).numbers()
@@ -194,7 +191,7 @@ def value_independence(trial: Trial) -> Iterable[Measure]:
 def value_slices(trial: Trial) -> Iterable[Measure]:
     """A slice of the value columns gives the slice of the results; bitwise where the contract claims it.
 
-    Would have caught: V not a multiple of the tile, FLA #1033 (a split whose number of parts enters the result).
+    Would have caught: V not a multiple of the tile, a split whose number of parts enters the result.
     """
     case = trial.case
     width = trial.dice("width").integer(1, case.V)
@@ -229,7 +226,7 @@ def linearity(trial: Trial) -> Iterable[Measure]:
 
 @claim("tolerance", plain)
 def query_linearity(trial: Trial) -> Iterable[Measure]:
-    """o is linear in q: the channels of q in two parts add up, and S_T does not see q.
+    """o is linear in q: the channels of q in two parts add up.
 
     Would have caught: block products that drop or repeat a slab of channels.
     """

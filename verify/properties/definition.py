@@ -34,7 +34,7 @@ def reference_backward(trial: Trial) -> Iterable[Measure]:
     """dq, dk, dv, dg, dbeta, dS0 (and dA_log, ddt_bias of a gate inside) equal the adjoint recurrence in float64.
 
     Would have caught: transformers #48455 (NaN gradients under a finite forward), FLA #984 (one tile width wrong),
-    #1141 (gradient of the final state), #863 (missing term of dbeta), #1095 (sums as total minus prefix).
+    #1141 (gradient of the final state), #863 (missing term of dbeta).
     """
     grads = {name: x for name, x in trial.both.numbers().items() if name.startswith("d")}
     yield from trial.judge(grads, trial.yard.exact)
@@ -59,7 +59,7 @@ def dplr_equality(trial: Trial) -> Iterable[Measure]:
 def deltanet(trial: Trial) -> Iterable[Measure]:
     """With g = 0 (no decay) KDA is DeltaNet: S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T.
 
-    Would have caught: FLA #862 (g absent and g = 0 differ), decays applied to the wrong side of the erase term.
+    Would have caught: an epsilon or a clamp inside the decay, a triangular solve cut short ((I + L)^-1 as I - L).
     """
     yield from _scalar_gates(trial, np.zeros(trial.case.beta.shape))
 
@@ -106,8 +106,7 @@ def beta_zero(trial: Trial) -> Iterable[Measure]:
 
 @claim("tolerance", plain)
 def exact_recall(trial: Trial) -> Iterable[Measure]:
-    """With beta_t = 1, a unit key and q_t = k_t the read returns what was written: o_t = scale * v_t, for any gate and
-    state.
+    """With beta_t = 1, a unit key and q_t = k_t, o_t = scale * v_t for any gate and state: read is what was written.
 
     Keys are one-hot, so that the norm is exactly 1. Would have caught: a causal mask that is strict where it must not
     be, attention-gym #465 (an update that silently does not happen), errors in the diagonal of the triangular solve.
@@ -124,8 +123,8 @@ def exact_recall(trial: Trial) -> Iterable[Measure]:
 def same_key_merge(trial: Trial) -> Iterable[Measure]:
     """With g = 0 and a unit key, two writes of one value merge: beta_1, beta_2 act as 1 - (1 - beta_1)(1 - beta_2).
 
-    So beta = 1 is idempotent and beta = 2 twice is the identity. Would have caught: (I + L)^-1 replaced by I - L, a
-    Neumann series cut short.
+    So beta = 1 is idempotent. Would have caught: a wrong sign or a missing beta in the triangular matrix (a solve cut
+    short not: with two tokens I - L is the inverse).
     """
     base, dice = trial.case.tokens(0, 1), trial.dice("merge")
     keys = np.eye(base.K)[np.full(base.q.shape[:-1], dice.integer(0, base.K))]
@@ -149,8 +148,7 @@ def _last_twice(apart: np.ndarray, merged: np.ndarray) -> np.ndarray:
 def orthogonal_commute(trial: Trial) -> Iterable[Measure]:
     """With g = 0, two tokens with orthogonal keys commute: swapping them leaves S.
 
-    Would have caught: sums over tokens that depend on order (strict lower instead of all earlier), shuffled rows inside
-    a tile.
+    Would have caught: an erase where keys do not overlap, a last token that does not reach the state.
     """
     base = trial.case
     start = np.broadcast_to(base.q[:, :1], (base.B, 2, base.H, base.K)).copy()
@@ -175,8 +173,7 @@ def orthogonal_commute(trial: Trial) -> Iterable[Measure]:
 def residual(trial: Trial) -> Iterable[Measure]:
     """What is held at k_T after the write: k^T S_T = (1 - beta ||k||^2) k^T Diag(alpha) S_{T-1} + beta ||k||^2 v_T^T.
 
-    Reference-free, on the kernel's own states. Would have caught: state read transposed (vLLM #41292), a last row
-    dropped (FLA #1143).
+    Reference-free, on the kernel's own states. Would have caught: a state without its last tokens (FLA #1143).
     """
     case, last = trial.case, trial.case.T - 1
     S, before = trial.forward.numbers()["S"], trial.run(case.tokens(0, last)).numbers()["S"]
