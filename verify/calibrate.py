@@ -19,17 +19,17 @@ from verify.recipes import DTYPES, from_json, words
 from verify.targets import resolve
 
 MARGIN = 1.5
-OVERALL = {"row overall": "row_overall", "pair overall": "pair_overall"}
 
 
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m verify.calibrate", description=__doc__)
     parser.add_argument("targets", nargs="+", help="implementations that are taken to be right")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES, help="rows to measure; others are kept")
     parser.add_argument("--examples", type=int, default=2000, help="recipes per target and dtype")
     parser.add_argument("--seed", type=int, default=1, help="which recipes are drawn")
     args = parser.parse_args()
-    jobs = [(target, dtype, args.examples, args.seed) for target in args.targets for dtype in DTYPES]
+    jobs = [(target, dtype, args.examples, args.seed) for target in args.targets for dtype in args.dtype]
     with ProcessPoolExecutor(2) as pool:
         found = list(pool.map(_worst, jobs))
     FILE.write_text(json.dumps(_document(args, found), indent=2) + "\n")
@@ -73,15 +73,18 @@ def _document(args: argparse.Namespace, found: list[dict]) -> dict:
                 if result["observed"] > into.get(name, {"observed": -1.0})["observed"]:
                     into[name] = result
     rows = {f"any {kind}": {"limits": asdict(START)} for kind in ("beta<=1", "beta<=2")}
-    rows |= {kind: _row(gates) for kind, gates in sorted(merged.items())}
+    rows = json.loads(FILE.read_text())["limits"] | rows if FILE.exists() else rows
     how = f"python -m verify.calibrate {' '.join(args.targets)} --examples {args.examples} --seed {args.seed}"
-    return {"schema": 1, "how": how, "margin": MARGIN, "versions": records.versions(), "limits": rows}
+    rows |= {
+        kind: {"how": how, "versions": records.versions(), **_row(gates)} for kind, gates in sorted(merged.items())
+    }
+    return {"schema": 1, "margin": MARGIN, "limits": rows}
 
 
 def _row(gates: dict[str, dict]) -> dict:
     cases, limits = gates.pop("cases")["observed"], asdict(START)
     for name, result in gates.items():
-        key = OVERALL.get(name, name)
+        key = name.replace(" ", "_")
         limits[key] = max(limits[key], math.ceil(2 * MARGIN * result["observed"]) / 2)
     return {"limits": asdict(Limits(**limits)), "cases": cases, "largest": gates}
 

@@ -18,6 +18,10 @@ class Limits:
     """Gate Y: one row against the definition."""
     row_overall: float
     """Gate Y: a whole tensor against the definition."""
+    rounded: float
+    """The same for tensors that are rounded to a dtype narrower than the accumulator: that rounding is most of the error."""
+    rounded_overall: float
+    """A whole tensor of that kind."""
     pair: float
     """One row of two runs that must agree: each may err."""
     pair_overall: float
@@ -28,11 +32,13 @@ class Limits:
     """A conservation law of the gradients against the sum of what its terms may err."""
 
     def overall(self, gate: str) -> float:
-        """Return the limit of a whole tensor for gate "row" or "pair"."""
-        return self.row_overall if gate == "row" else self.pair_overall
+        """Return the limit of a whole tensor for gate "row", "rounded" or "pair"."""
+        return getattr(self, f"{gate}_overall")
 
 
-START = Limits(row=3.0, row_overall=2.0, pair=6.0, pair_overall=4.0, never=4.0, law=3.0)
+START = Limits(
+    row=3.0, row_overall=2.0, rounded=2.0, rounded_overall=1.5, pair=6.0, pair_overall=4.0, never=4.0, law=3.0
+)
 """The design's starting values: no calibrated limit is sharper, for rows that the calibration happened not to meet."""
 
 

@@ -10,7 +10,7 @@ import torch
 
 from verify import yardstick
 from verify.cases import Case
-from verify.exact import Dice
+from verify.exact import UNIT_ROUNDOFF, Dice
 from verify.families import materialise
 from verify.limits import Limits, limits_for
 from verify.recipes import Recipe
@@ -113,12 +113,17 @@ class Trial:
         """Measure every tensor's rows against what is exact, in units of this case's yardstick or another's."""
         legal = (yard or self.yard).legal
         for name, x in got.items():
-            yield from self.against(label + name, name, x, exact[name], legal[name], gate)
+            of_tensor = "rounded" if gate == "row" and self._rounds(name) else gate
+            yield from self.against(label + name, name, x, exact[name], legal[name], of_tensor)
+
+    def _rounds(self, name: str) -> bool:
+        """True if a tensor's dtype is narrower than the accumulator's."""
+        return UNIT_ROUNDOFF[yardstick.dtype_of(self.case, name)] > UNIT_ROUNDOFF[self.contract.accumulator]
 
     def against(
         self, what: str, name: str, got: np.ndarray, exact: np.ndarray, legal: np.ndarray, gate: str
     ) -> Iterable[Measure]:
-        """Apply gate Y to one tensor: the worst row ("row" or "pair") and the whole, in units of legal error."""
+        """Apply gate Y to one tensor: its worst row and the whole, in units of legal error."""
         if got.shape != exact.shape:
             yield Measure(f"{what} shape {got.shape} for {exact.shape}", float("inf"), 0)
             return

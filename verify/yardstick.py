@@ -35,18 +35,6 @@ from verify.cases import Activation, Case
 from verify.exact import LARGEST, SMALLEST_STEP, UNIT_ROUNDOFF, round_to
 from verify.simulators import Rounding
 
-TENSORS = {
-    "dq": "q",
-    "dk": "k",
-    "dv": "v",
-    "dg": "g",
-    "dbeta": "beta",
-    "dS0": "S0",
-    "dA_log": "A_log",
-    "ddt_bias": "dt_bias",
-}
-"""Gradient names and the inputs that they belong to."""
-
 
 def activated(case: Case) -> Case:
     """Compute in float64 what the op computes inside, and return the case on activated inputs."""
@@ -105,24 +93,23 @@ def measure(case: Case, contract: PrecisionContract, backward: bool) -> Yardstic
     exact, gradients_of = _exact(case, inputs, inner, backward)
     runs = [_simulate(inner, inputs, rounding, C) for C in (1, 16, 64)[: 3 if case.T > 16 else 2]]
     floors, never = _floors(inner, inputs, contract, backward)
-    outputs = {"o": case.dtype, "S": case.state_dtype}
     if backward:
         grads = _simulate_backward(inner, inputs, rounding)
         runs.append(through_activations(case, grads))
-        outputs |= {name: _input_dtype(case, TENSORS[name]) for name in runs[-1]}
         floors = _raw_floors(case, inner, floors, gradients_of, UNIT_ROUNDOFF[contract.accumulator])
-    never = {name: never[name] + _output_rounding(name, exact[name], outputs[name]) for name in never}
+    never = {name: never[name] + _output_rounding(name, exact[name], dtype_of(case, name)) for name in never}
     legal = {
-        name: _legal(name, exact[name], [x[name] for x in runs if name in x], dtype, floors.get(name, 0.0))
-        for name, dtype in outputs.items()
+        name: _legal(name, x, [run[name] for run in runs if name in run], dtype_of(case, name), floors[name])
+        for name, x in exact.items()
     }
     return Yardstick(exact, legal, never)
 
 
-def _input_dtype(case: Case, name: str) -> str:
-    if name in ("A_log", "dt_bias", "S0"):
+def dtype_of(case: Case, name: str) -> str:
+    """Return the dtype of an output or gradient: that of the inputs, the gates or the state."""
+    if name in ("S", "dS0", "dA_log", "ddt_bias"):
         return case.state_dtype
-    return case.gate_dtype if name in ("g", "beta") else case.dtype
+    return case.gate_dtype if name in ("dg", "dbeta") else case.dtype
 
 
 def _exact(
