@@ -22,11 +22,6 @@ class Activation:
     lower_bound: float | None = None
     sigmoid: str = "none"
 
-    @property
-    def any(self) -> bool:
-        """True if anything is computed inside the op."""
-        return self.l2norm or self.gate != "none" or self.sigmoid != "none"
-
 
 @dataclass(frozen=True, eq=False)
 class Case:
@@ -49,7 +44,6 @@ class Case:
     cu_seqlens: tuple[int, ...] | None = None
     chunk_size: int | None = None
     activation: Activation = Activation()
-    conditioning: str = "beta<=1"
 
     @property
     def B(self) -> int:

@@ -37,7 +37,6 @@ def materialise(recipe: Recipe) -> Case:
         cu_seqlens=tuple(int(x) for x in np.cumsum((0, *r.lengths))) if r.lengths else None,
         chunk_size=r.chunk or None,
         activation=_activation(r),
-        conditioning=r.conditioning,
     )
 
 
