@@ -1,6 +1,9 @@
 """Check the arguments of the public ops, once, at the edge; inside, the implementations only assert."""
 
+import math
+
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -8,6 +11,18 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def _names(dtypes) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _tensor(name: str, x) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+
+
+def _number(name: str, x) -> None:
+    if not isinstance(x, int | float):
+        raise TypeError(f"{name} must be a Python number, got {type(x).__name__}")
 
 
 def _shape(name: str, x: torch.Tensor, letters: str, expected: tuple[int, ...]) -> None:
@@ -32,8 +47,7 @@ def check_inputs(q, k, v, g, beta) -> None:
     """
     named = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
     for name, x in named.items():
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        _tensor(name, x)
         rank = 3 if name == "beta" else 4
         if x.ndim != rank:
             raise ValueError(f"{name} must have {rank} dimensions, got {x.ndim}: {list(x.shape)}")
@@ -104,8 +118,7 @@ def check_state(initial_state, q, v, cu_seqlens, state_v_first: bool) -> None:
     """Check the initial state: [N, HV, K, V], or [N, HV, V, K] with state_v_first, on q's device, of a legal dtype."""
     if initial_state is None:
         return
-    if not isinstance(initial_state, torch.Tensor):
-        raise TypeError(f"initial_state must be a torch.Tensor, got {type(initial_state).__name__}")
+    _tensor("initial_state", initial_state)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     HV, K, V = v.shape[2], q.shape[3], v.shape[3]
     if state_v_first:
@@ -118,8 +131,10 @@ def check_state(initial_state, q, v, cu_seqlens, state_v_first: bool) -> None:
 
 def check_gate(g, use_gate_in_kernel: bool, A_log, dt_bias, lower_bound) -> None:
     """Check the parameters of the in-kernel gate: A_log of HV values, dt_bias of HV * K, a negative lower bound."""
-    if lower_bound is not None and not lower_bound < 0:
-        raise ValueError(f"lower_bound must be negative, got {lower_bound}")
+    if lower_bound is not None:
+        _number("lower_bound", lower_bound)
+        if not -math.inf < lower_bound < 0:
+            raise ValueError(f"lower_bound must be negative and finite, got {lower_bound}")
     if not use_gate_in_kernel:
         return
     if A_log is None and lower_bound is None:
@@ -128,10 +143,25 @@ def check_gate(g, use_gate_in_kernel: bool, A_log, dt_bias, lower_bound) -> None
     for name, x, letters, size in (("A_log", A_log, "HV", HV), ("dt_bias", dt_bias, "HV * K", HV * K)):
         if x is None:
             continue
+        _tensor(name, x)
         _dtype(name, x, DTYPES)
         _device(name, x, g.device)
         if x.numel() != size:
             raise ValueError(f"{name} must have {letters} = {size} elements, got {x.numel()}: {list(x.shape)}")
+
+
+def check_scale(scale) -> None:
+    """Refuse a scale that is no number: as a tensor it would lose its gradient without a word."""
+    if scale is not None:
+        _number("scale", scale)
+
+
+def check_tangents(tensors) -> None:
+    """Refuse forward-mode differentiation, which torch would answer with zeros: the ops have a backward only."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("kda_forge ops have no forward-mode derivative, got inputs with tangents")
 
 
 def check_flags(use_beta_sigmoid_in_kernel: bool, allow_neg_eigval: bool) -> None:

@@ -21,6 +21,10 @@ class ChunkTorchConfig:
 
 def invalid(config: ChunkTorchConfig) -> str | None:
     """Return None for a configuration that runs, otherwise what is wrong with it."""
+    for name in ("chunk_size", "block_tokens", "heads"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            return f"{name} must be an int, got {value!r}"
     if config.chunk_size not in CHUNK_SIZES:
         return f"chunk_size must be one of {CHUNK_SIZES}, got {config.chunk_size!r}"
     if config.block_tokens < config.chunk_size or config.block_tokens % config.chunk_size:

@@ -16,7 +16,8 @@ def _renamed(state_v_first: bool, transpose_state_layout: bool | None) -> bool:
         return state_v_first
     if state_v_first:
         raise ValueError("state_v_first and transpose_state_layout are the same argument: expected one, got both")
-    warnings.warn("transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=3)
+    if not torch.compiler.is_compiling():  # fullgraph has no warnings
+        warnings.warn("transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=3)
     return transpose_state_layout
 
 
@@ -82,7 +83,7 @@ def chunk_kda(
             lower_bound * sigmoid(exp(A_log) (g + dt_bias)), A_log = 0 where None.
         use_beta_sigmoid_in_kernel: replace beta by sigmoid(beta); with allow_neg_eigval by 2 sigmoid(beta).
         safe_gate: accepted, changes nothing: any gate is safe here.
-        lower_bound: negative; see use_gate_in_kernel, without which it changes nothing.
+        lower_bound: negative, finite; see use_gate_in_kernel, without which it changes nothing.
         disable_recompute: accepted, changes nothing: the backward always recomputes.
         return_intermediate_states: also return the states that enter every `state_interval` tokens; not differentiable.
         state_v_first: states are [N, HV, V, K]; transpose_state_layout is the old name (DeprecationWarning).
@@ -98,8 +99,9 @@ def chunk_kda(
         with return_intermediate_states h [B, NT, HV, K, V] in q's dtype, NT counting the intervals of every sequence.
 
     Raises:
-        TypeError: an unknown keyword, a dtype that is not supported. ValueError: everything else, with what was
-        expected and what came. Values of tensors are not checked, those of cu_seqlens excepted.
+        TypeError: an unknown keyword, an argument of another type, a dtype that is not supported. NotImplementedError:
+        double backward, forward-mode differentiation. ValueError: everything else, with what was expected and what
+        came. Values of tensors are not checked, those of cu_seqlens excepted.
     """
     _refuse_elsewhere(cp_context, use_graph, max_num_seqs)
     return find("chunk_torch").call(
