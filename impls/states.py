@@ -27,7 +27,8 @@ class States:
             for place, length in sorted(zip(runs.order, runs.lengths, strict=True)):
                 self.first_row[place] = total
                 total += -(-length // interval)
-            self.kept = v.new_empty((v.shape[0], total // max(1, v.shape[0]), *shape[1:]))
+            NT = total if cu_seqlens is not None else -(-v.shape[1] // interval)
+            self.kept = v.new_empty((v.shape[0], NT, *shape[1:]))
 
     def take(self, runs: Runs, heads: slice) -> torch.Tensor:
         """Return a copy of the states of some runs and heads, with null channels: [n, heads, K', V']."""

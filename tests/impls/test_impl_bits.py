@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from impls import IMPLEMENTATIONS, find, kda
+from impls import IMPLEMENTATIONS, ChunkTorchConfig, find, kda
 
 NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
 CLAIMED = [(name, claim) for name in NAMES for claim in sorted(find(name).contract("float32").bitwise)]
@@ -139,6 +139,13 @@ def test_claims_of_the_contracts_hold(draw, draw_state, name, claim):
         B, _, _, HV, K, V = shape
         state = torch.float64 if dtype == torch.float64 else torch.float32
         globals()[claim](name, draw(*shape, dtype, resets=True), rng, draw_state(B, HV, K, V, state))
+
+
+def test_the_size_of_the_workspace_has_no_influence_on_the_bits(draw):
+    for rng, dtype, shape in cases(7):
+        inputs, C = draw(*shape, dtype, resets=True), rng.choice([16, 32, 64])
+        small = both("chunk_torch", inputs, config=ChunkTorchConfig(C, C * rng.randint(1, 3), rng.randint(1, 5)))
+        assert_same(small, both("chunk_torch", inputs, config=ChunkTorchConfig(C)))
 
 
 @pytest.mark.parametrize("C", [16, 32, 64, 128])

@@ -61,6 +61,12 @@ def test_intermediate_states_are_those_of_runs_cut_there(draw, draw_state, name,
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_an_empty_batch_has_as_many_intermediate_states_as_a_full_one(draw, name):
+    _, _, h = kda(*draw(0, 130, 1, 2, 6, 9), implementation=name, return_intermediate_states=True)
+    assert h.shape == (0, 3, 2, 6, 9)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_intermediate_states_of_packed_sequences_follow_one_another(draw, name):
     bounds, inputs = [0, 70, 70, 71, 200], draw(1, 200, 1, 2, 6, 9, torch.bfloat16)
     asked = {"implementation": name, "return_intermediate_states": True}
