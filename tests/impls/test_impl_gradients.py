@@ -6,7 +6,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import kda_spec
-from impls import IMPLEMENTATIONS, ChunkTorchConfig, chunk_torch, kda, recurrent_torch
+from impls import IMPLEMENTATIONS, ChunkTorchConfig, chunk_kda, chunk_torch, kda, recurrent_torch
+from impls.registration import _FULL_PRODUCTS
 from kda_spec.types import Inputs
 
 NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
@@ -148,6 +149,13 @@ def test_a_training_step_compiles_into_one_graph(draw, draw_state, name, config,
         assert torch.allclose(x.grad, y.grad, rtol=1e-5, atol=1e-7)
 
 
+def test_numbers_of_tokens_and_scales_that_change_compile_into_one_graph(draw):
+    compiled = torch.compile(lambda *x: chunk_kda(*x[:5], scale=x[5])[0], fullgraph=True, dynamic=True, backend="eager")
+    for T, scale in ((20, 0.1), (33, 0.3), (130, 0.7)):
+        inputs = draw(1, T, 1, 2, 8, 8)
+        assert torch.equal(compiled(*inputs, scale), chunk_kda(*inputs, scale)[0])
+
+
 def test_packed_inputs_compile_into_one_graph(draw):
     inputs, bounds = draw(1, 20, 1, 2, 8, 8), torch.tensor([0, 3, 20])
     compiled = torch.compile(lambda *x: kda(*x, cu_seqlens=bounds)[0], fullgraph=True, backend="aot_eager")
@@ -169,6 +177,19 @@ def test_double_backward_is_a_clear_error(draw, name):
     (dq,) = torch.autograd.grad(o.square().sum(), inputs[:1], create_graph=True)
     with pytest.raises(NotImplementedError, match="double backward is not supported"):
         dq.sum().backward()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_is_a_clear_error_and_no_zeros(draw, name):
+    q, *others = draw(1, 4, 1, 1, 3, 3)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda q: kda(q, *others, implementation=name)[0], (q,), (q,))
+
+
+def test_the_old_name_of_the_state_layout_compiles_into_one_graph(draw):
+    asked, inputs = {"output_final_state": True, "transpose_state_layout": True}, draw(1, 20, 1, 2, 8, 4)
+    compiled = torch.compile(lambda *x: chunk_kda(*x, **asked)[1], fullgraph=True, backend="aot_eager")
+    assert compiled(*inputs).shape == (1, 2, 4, 8)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,6 +215,32 @@ def test_a_lower_precision_of_products_elsewhere_does_not_reach_the_inside(draw,
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_the_last_thread_to_leave_restores_the_precision_of_products():
+    matmul, products = torch.backends.mkldnn.matmul, _FULL_PRODUCTS["cpu"]
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with products:
+            with products:  # another thread comes and goes
+                assert matmul.fp32_precision == "ieee"
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_an_inherited_precision_of_products_stays_inherited():
+    matmul, own = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
+    matmul.fp32_precision, torch.backends.mkldnn.fp32_precision = "none", "bf16"
+    try:
+        with _FULL_PRODUCTS["cpu"]:
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "bf16"
+        torch.backends.mkldnn.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        matmul.fp32_precision, torch.backends.mkldnn.fp32_precision = own, "none"
 
 
 @pytest.mark.parametrize("name", NAMES)
