@@ -2,13 +2,17 @@
 
 For every token and value column j (columns never mix), with s = ||S_t[:, j]|| and p = ||alpha_t S_{t-1}[:, j]||:
 
-    e_t[j] = max(alpha_t) (e_{t-1}[j] + s_{t-1}[j]) + beta_t ||k_t|| (|v_tj| + sqrt(K) ||k_t|| p_t[j]) + s_t[j]
+    e_t[j] = max(alpha_t (e_{t-1}[j] + (1 + 2 |g_t|) s_{t-1}[j]))
+             + beta_t ||k_t|| (3 |v_tj| + (sqrt(K) + 3) ||k_t|| p_t[j]) + s_t[j]
 
-and the same for D_t = dL/dS_t, backwards; every gradient is a product of the two sides. A dot product of length n
-counts sqrt(n) roundings (Higham and Mary 2019): with one, a right float32 run was 6.2 times the floor at K = 64 and q =
-k, where every rounding of the sum goes the same way. Names: e, s belong to S_t; f, d are error and size of D_t. All are
-norms, so the bounds are normwise and never amplified inside the domain, unlike a majorant of absolute values (25 orders
-of magnitude too large at slow decay).
+and the same for D_t = dL/dS_t, backwards; every gradient is a product of the two sides. The factors: g and exp(g) are
+rounded; beta, k, the difference and the sum each round what is written; a dot product of length n counts sqrt(n)
+roundings (Higham and Mary 2019): with one, a right float32 run was 6.2 times the floor at K = 64 and q = k, where every
+rounding of the sum goes the same way. `noise` is the same walk for independent roundings of matmul operands: squares
+add.
+
+Names: e, s belong to S_t; f, d are error and size of D_t. All are norms, so the bounds are normwise and never amplified
+inside the domain, unlike a majorant of absolute values (25 orders of magnitude too large at slow decay).
 """
 
 import numpy as np
@@ -18,18 +22,22 @@ def forward(q, k, v, g, beta, S) -> dict[str, np.ndarray]:
     """Walk [..., T, K] heads first. Returns [..., T, V]: e, s of S_t; lost, p of the decayed state; read of q^T S_t."""
     T, alpha, length = q.shape[-2], np.exp(g), np.sqrt(q.shape[-1])
     e, s = np.zeros_like(S[..., 0, :]), np.linalg.norm(S, axis=-2)
-    out = {name: np.zeros(v.shape) for name in ("e", "s", "read", "lost", "p")}
+    out = {name: np.zeros(v.shape) for name in ("e", "s", "read", "lost", "p", "noise")}
+    noise = np.zeros_like(e)
     for t in range(T):
-        most = np.max(alpha[..., t, :], axis=-1, keepdims=True)
+        most, blur = np.max(alpha[..., t, :], axis=-1, keepdims=True), _blur(alpha[..., t, :], g[..., t, :])
         P = alpha[..., t, :, None] * S
-        p, carried = np.linalg.norm(P, axis=-2), most * (e + s)
+        p, carried = np.linalg.norm(P, axis=-2), most * (e + s) + blur * s
         row = k[..., t, None, :]
         delta = beta[..., t, None, None] * (v[..., t, None, :] - row @ P)
         S = P + row.swapaxes(-1, -2) * delta
         norm = np.linalg.norm(k[..., t, :], axis=-1, keepdims=True)
         s = np.linalg.norm(S, axis=-2)
-        e = carried + beta[..., t, None] * norm * (np.abs(v[..., t, :]) + length * norm * p) + s
-        for name, x in (("e", e), ("s", s), ("read", e + length * s), ("lost", carried + length * p), ("p", p)):
+        write = beta[..., t, None] * norm
+        e = carried + write * (3 * np.abs(v[..., t, :]) + (length + 3) * norm * p) + s
+        noise = np.hypot(most * noise, write * (np.abs(v[..., t, :]) + norm * p))
+        named = {"e": e, "s": s, "read": e + length * s, "lost": carried + length * p, "p": p, "noise": noise}
+        for name, x in named.items():
             out[name][..., t, :] = x
     return out
 
@@ -53,7 +61,7 @@ def backward(q, k, v, g, beta, scale: float, do, dS, sizes: dict[str, np.ndarray
         f = f + d
         side, error = _size(d), _size(f + length * d)
         held, lost = _size(sizes["p"][..., t, :]), _size(sizes["lost"][..., t, :] + length * sizes["p"][..., t, :])
-        u, e_u = size_v + norm * held, size_v + norm * lost
+        u, e_u = size_v + norm * held, 3 * size_v + norm * (lost + 3 * held)
         erased = 1 + b * norm * norm
         out["dq"][..., t] = scale * _size(do[..., t, :]) * length * _size(sizes["read"][..., t, :])
         out["dv"][..., t] = b * norm * error
@@ -65,6 +73,11 @@ def backward(q, k, v, g, beta, scale: float, do, dS, sizes: dict[str, np.ndarray
         D = alpha[..., t, :, None] * (D - row.swapaxes(-1, -2) * (b[..., None, None] * (row @ D)))
         f = np.max(alpha[..., t, :], axis=-1, keepdims=True) * (f + (1 + length * b * norm * norm)[..., None] * d)
     return out | {"dS0": f + np.linalg.norm(D, axis=-2)}
+
+
+def _blur(alpha, g) -> np.ndarray:
+    """Return what rounding g, or g / ln 2, costs in exp(g), at most 2 |g| exp(g) of every channel: [..., 1]."""
+    return np.max(np.where(alpha > 0, -2 * g, 0.0) * alpha, axis=-1, keepdims=True)
 
 
 def _last_term(dS, sizes: dict[str, np.ndarray], T: int) -> np.ndarray | float:

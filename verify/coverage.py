@@ -11,7 +11,7 @@ from kda_spec.recurrent import general_dplr, recurrent
 from verify.cases import Case
 from verify.yardstick import Yardstick, activated, rows
 
-TERMS = ("initial state", "decay", "erase", "last token", "gate per head")
+TERMS = ("initial state", "decay", "erase", "last token", "gate per head", "state behind token 64")
 SEEN = 10.0
 """A term counts as tested where leaving it out changes some row by more than this many times the legal error."""
 
@@ -24,6 +24,8 @@ def covered(case: Case, yard: Yardstick) -> dict[str, float]:
 
 
 def _has(case: Case, term: str) -> bool:
+    if term == "state behind token 64":
+        return any(tokens.stop - tokens.start > 64 for _, tokens in case.sequences())
     return case.T > 0 and (term != "initial state" or case.S0 is not None) and (term != "gate per head" or case.HV > 1)
 
 
@@ -32,10 +34,13 @@ def _without(case: Case, term: str) -> tuple[np.ndarray, np.ndarray]:
         return _gated_linear(case)
     last = case.beta.copy()
     last[:, [tokens.stop - 1 for _, tokens in case.sequences() if tokens.stop > tokens.start]] = 0.0
+    forgotten = case.g.copy()
+    forgotten[:, [tokens.start + 64 for _, tokens in case.sequences() if tokens.stop - tokens.start > 64]] = -np.inf
     changed = {
         "initial state": {"S0": None},
         "decay": {"g": np.zeros_like(case.g)},
         "last token": {"beta": last},
+        "state behind token 64": {"g": forgotten},
         "gate per head": {"g": np.broadcast_to(case.g[:, :, :1], case.g.shape)},
     }[term]
     outputs = recurrent(case.but(**changed).inputs())

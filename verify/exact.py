@@ -86,6 +86,11 @@ class Dice:
         """Draw a permutation of 0..n-1."""
         return np.argsort(self.raw((n,)), kind="stable")
 
+    def shuffle(self, n: int) -> np.ndarray:
+        """Draw a permutation of 0..n-1 that moves something, for n of at least 2."""
+        order = self.permutation(n)
+        return np.roll(order, 1) if np.array_equal(order, np.arange(n)) else order
+
 
 def unit_rows(integers: np.ndarray) -> np.ndarray:
     """Normalise integer rows [..., K] to Euclidean norm 1: exact sum of squares, one square root, one division."""

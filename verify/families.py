@@ -96,11 +96,16 @@ def _values(r: Recipe) -> np.ndarray:
 
 
 def _planted(r: Recipe, dice: Dice) -> np.ndarray:
-    """Choose where resets stand [B, T]: token 0, the borders of chunks of 16 and 64, the last token, or anywhere."""
+    """Choose where resets stand [B, T, HV, 1]: token 0, borders of chunks of 16 and 64, the last token, or anywhere.
+
+    Each head's stand a token later than those of the head before; where a choice meets no token, the last one is taken.
+    """
     t = np.arange(r.T)
     places = (t == 0, t == 15, t % 16 == 0, t % 16 == 15, t % 64 == 63, t == r.T - 1, t % 5 == 2)
     chosen = places[r.plant] if r.plant < len(places) else dice.integers(0, 6, (r.T,)) == 0
-    return np.broadcast_to(chosen, (r.B, r.T))
+    chosen = chosen if chosen.any() else t == r.T - 1
+    by_head = np.stack([np.roll(chosen, head) for head in range(r.HV)], axis=-1)
+    return np.broadcast_to(by_head[..., None], (r.B, r.T, r.HV, 1))
 
 
 def _gates(r: Recipe) -> np.ndarray:
@@ -120,7 +125,7 @@ def _gates(r: Recipe) -> np.ndarray:
     }
     if r.gates in plain:
         return plain[r.gates]() + 0.0
-    g, at = -0.01 * u * u, _planted(r, dice)[..., None, None]
+    g, at = -0.01 * u * u, _planted(r, dice)
     if r.gates == "channels_inf":
         return np.where(at & (dice.integers(0, 2, (r.B, 1, r.HV, r.K)) == 1), -np.inf, g)
     return np.where(at, -np.inf if r.gates == "resets_inf" else HARD[r.plant % 4], g)

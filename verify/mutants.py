@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import pad
 
 from impls.contracts import at_least_float32
-from verify.mutant_chunk import Chunkwise, Mutant, clean, instead_of, planted, product, regraded, softplus, triangle
+from verify.mutant_chunk import Chunkwise, Mutant, clean, instead_of, planted, product, softplus, triangle
+from verify.mutant_gradients import GRADIENTS
 from verify.targets import Target
 
 CLEAN = Mutant("clean", "nothing: the chunkwise form without a bug, which must pass everything", clean)
@@ -253,7 +254,36 @@ def tail_row_copied(self, tokens, S, C):
     return torch.cat([o[:, :, :-1], o[:, :, -2:-1]], dim=2) if tokens[0].shape[2] % C > 1 else o, S
 
 
+@instead_of("run")
+def state_forgotten_at_64(self, tokens, S, C):
+    """A state that does not pass the border of a chunk of 64 tokens: shorter tests never cross one."""
+    parts = [[x[:, :, i : i + 64] for x in tokens] for i in range(0, max(tokens[0].shape[2], 1), 64)]
+    runs = [clean.run(part, S if i == 0 else torch.zeros_like(S), C) for i, part in enumerate(parts)]
+    return torch.cat([o for o, _ in runs], dim=2), runs[-1][1]
+
+
 # arguments
+
+
+@instead_of("load")
+def gates_of_batch_zero(self, name, x):
+    """FlashQLA #23: a descriptor of another batch entry: the gates of entry 0 read for every entry."""
+    x = clean.load(name, x)
+    return x[:1].expand_as(x) if name == "g" else x
+
+
+@instead_of("load")
+def keys_normalised_unasked(self, name, x):
+    """A norm taken although use_qk_l2norm_in_kernel is False; unit keys do not show it."""
+    x = clean.load(name, x)
+    return self.normalise(x) if name == "k" else x
+
+
+@instead_of("chunk")
+def query_enters_the_state(self, q, k, v, g, beta, S):
+    """The planted bug of rows mixed up at a chunk's end: a trace of the last query and output is written as a pair."""
+    o, S = clean.chunk(q, k, v, g, beta, S)
+    return o, S + 1e-3 * q[..., -1, :, None] * o[..., -1, None, :]
 
 
 @instead_of("group")
@@ -313,70 +343,7 @@ def one_scale_for_the_batch(self, name, x):
     return x / most * most if most != 0 else x
 
 
-# gradients
-
-
-@instead_of("write")
-def key_gradient_of_write_missing(self, k, delta):
-    """FLA #875, #984: dk lacks the term of the write into the state."""
-    return clean.write(k.detach(), delta)
-
-
-@instead_of("erased")
-def beta_gradient_of_solve_missing(self, k, beta, between):
-    """FLA #863: dbeta lacks the term of the triangular matrix."""
-    return clean.erased(k, beta.detach(), between)
-
-
-class _TotalMinusPrefix(torch.autograd.Function):
-    """A sum along tokens whose backward takes the reverse sum as total minus prefix."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return torch.cumsum(x, dim=2)
-
-    @staticmethod
-    def backward(ctx, d):
-        return torch.sum(d, dim=2, keepdim=True) - torch.cumsum(d, dim=2) + d
-
-
-@instead_of("sums")
-def gate_gradient_by_difference(self, x):
-    """FLA #1095, #1150: dg as total minus prefix; small gradients cancel, and those that must be zero are not."""
-    return _TotalMinusPrefix.apply(x)
-
-
-@instead_of("final")
-def final_state_gradient_dropped(self, S, initial_state):
-    """FLA #1141, #1146: the gradient that arrives at the final state is not used."""
-    return regraded(S, torch.zeros_like)
-
-
-@instead_of("group")
-def group_gradient_overwritten(self, x, HV):
-    """Gradients of grouped heads stored by every value head to one address, not summed: the last one wins."""
-    G = HV // x.shape[1]
-    last = torch.arange(HV, device=x.device)[:, None, None] % G == G - 1
-    return regraded(clean.group(x, HV), partial(torch.where, last, other=torch.zeros((), dtype=x.dtype)))
-
-
-@instead_of("read")
-def query_gradient_of_first_tile(self, q, S, A, delta):
-    """FLA #941: with values split over two tiles dq keeps the first one's part; only small GPUs took the path."""
-    half = (S.shape[-1] + 1) // 2
-    first, second = (..., slice(half)), (..., slice(half, None))
-    o = clean.read(q, S[first], A, delta[first]), clean.read(q.detach(), S[second], A.detach(), delta[second])
-    return torch.cat(o, dim=-1)
-
-
-@instead_of("load")
-def gradient_uninitialised(self, name, x):
-    """FLA #862: the buffer of dk is never written when there are no gates or nothing arrives."""
-    loaded = clean.load(name, x)
-    return regraded(loaded, lambda d: d if d.any() else torch.empty_like(d)) if name == "k" else loaded
-
-
-MUTANTS: tuple[Mutant, ...] = tuple(planted)
+MUTANTS: tuple[Mutant, ...] = (*(mutant for mutant in planted if mutant not in GRADIENTS), *GRADIENTS)
 
 
 def find(name: str) -> Mutant:

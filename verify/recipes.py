@@ -36,7 +36,18 @@ SIGMOIDS = ("none", "sigmoid", "twice")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 BORDERS = (15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
-STYLES = (*["plain"] * 11, *["packed"] * 4, *["inside"] * 4, *["packed inside"] * 2, "empty")
+TALL = (65, 70, 129, 200)
+"""Lengths that cross the borders of chunks of 64 and 128, for cases of one narrow head."""
+STYLES = (
+    *["plain"] * 11,
+    *["packed"] * 4,
+    *["inside"] * 4,
+    *["packed inside"] * 2,
+    "tall",
+    "tall",
+    "tall packed",
+    "empty",
+)
 """Which features meet how often: most properties speak of activated inputs in equal sequences."""
 DIMS = (1, 2, 3, 4, 5, 8, 12, 16, 33, 64)
 
@@ -174,12 +185,15 @@ def recipes(draw, dtypes: tuple[str, ...], tokens: int, work: int, chunks: tuple
     `work` bounds B*HV*T*K*V, the cost of a sequential pass: heads and batches shrink first, then the dimensions.
     """
     style = draw(st.sampled_from(STYLES))
-    packed, inside = "packed" in style, "inside" in style
+    packed, inside, tall = (word in style for word in ("packed", "inside", "tall"))
+    length = st.sampled_from(TALL) if tall else _tokens(tokens)
     lengths = tuple(draw(st.lists(st.integers(0, 1) | _tokens(tokens // 2), min_size=1, max_size=4))) if packed else ()
-    T = sum(lengths) if packed else 0 if style == "empty" else draw(_tokens(tokens))
-    K, V = draw(st.sampled_from(DIMS)), draw(st.sampled_from(DIMS))
-    B = 1 if packed else draw(st.sampled_from((1, 1, 2, 3)))
-    H, G = draw(st.sampled_from((1, 1, 2, 3))), draw(st.sampled_from((1, 1, 2, 3)))
+    lengths = (*lengths, draw(length)) if packed and tall else lengths
+    T = sum(lengths) if packed else 0 if style == "empty" else draw(length)
+    dims = st.sampled_from(DIMS[: DIMS.index(8) + 1] if tall else DIMS)
+    K, V = draw(dims), draw(dims)
+    few = st.just(1) if tall else st.sampled_from((1, 1, 2, 3))
+    B, H, G = 1 if packed else draw(few), draw(few), draw(few)
     while work < B * H * G * T * K * V and B * H * G * K * V > 1:
         if B * H * G > 1:
             B, H, G = max(B - 1, 1), max(H - 1, 1), max(G - 1, 1)

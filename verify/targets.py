@@ -46,6 +46,10 @@ class TargetError(ValueError):
     """The target cannot be judged as it was named: the message says what was expected and what came."""
 
 
+class Malformed(Exception):
+    """The target returned something other than (o, final_state); the message names what came."""
+
+
 @dataclass(frozen=True, eq=False)
 class Target:
     """An implementation under judgement: its function, its precision contract by input dtype, and what it refuses."""
@@ -147,7 +151,7 @@ def call(
     """Run a target on a case.
 
     `rearrange` maps each input tensor to an equal one with another layout. `do` and `dS` False leave that gradient out.
-    Raises whatever the target raises; AssertionError if it returns something other than (o, final_state).
+    Raises whatever the target raises; Malformed if it returns something other than (o, final_state).
     """
     tensors, keywords = arguments(case, target, state_v_first)
     if rearrange is not None:
@@ -172,7 +176,7 @@ def call_tensors(
     named = {name: x for name, x in leaves.items() if name not in ("q", "k", "v", "g", "beta")}
     with poisoned_allocations(), torch.set_grad_enabled(backward):
         returned = target.function(*positional, **named, **keywords, output_final_state=final_state)
-        o, S = _unpack(returned)
+        o, S = _unpack(returned, final_state)
         grads = _gradients(case, leaves, o, S, do, dS, target.device, state_v_first) if backward else {}
     S = None if S is None else S.detach()
     if state_v_first:
@@ -181,10 +185,14 @@ def call_tensors(
     return Result(o.detach(), S, grads)
 
 
-def _unpack(returned: object) -> tuple[torch.Tensor, torch.Tensor | None]:
-    assert isinstance(returned, tuple) and len(returned) == 2, (
-        f"expected (o, final_state), got {type(returned).__name__}"
-    )
+def _unpack(returned: object, final_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return o and S. Raises Malformed for anything but two tensors; S may be None where nobody asked for it."""
+    if not isinstance(returned, tuple):
+        raise Malformed(f"expected (o, final_state), two tensors, got {type(returned).__name__}")
+    kinds = (torch.Tensor, torch.Tensor if final_state else torch.Tensor | None)
+    if len(returned) != 2 or not all(isinstance(x, kind) for x, kind in zip(returned, kinds, strict=True)):
+        came = ", ".join(type(x).__name__ for x in returned)
+        raise Malformed(f"expected (o, final_state), two tensors, got ({came})")
     return returned
 
 
@@ -207,11 +215,11 @@ def _gradients(
         start = np.swapaxes(case.dS, -1, -2) if state_v_first else case.dS
         outputs.append(S)
         starts.append(guarded(start, case.state_dtype, device).to(S.dtype))
-    grads = torch.autograd.grad(outputs, list(wanted.values()), starts, allow_unused=True)
-    return {
-        name: torch.zeros_like(x) if d is None else d.detach()
-        for (name, x), d in zip(wanted.items(), grads, strict=True)
-    }
+    found = torch.autograd.grad(outputs, list(wanted.values()), starts, allow_unused=True)
+    grads = {name: x.new_zeros(x.shape) if d is None else d for (name, x), d in zip(wanted.items(), found, strict=True)}
+    if "ddt_bias" in grads:
+        grads["ddt_bias"] = grads["ddt_bias"].reshape(case.HV, case.K)
+    return {name: d.detach() for name, d in grads.items()}
 
 
 @contextlib.contextmanager
@@ -280,7 +288,7 @@ def _foreign(name: str, device: str, contract: str | None) -> Target:
         function = importlib.import_module(module_name)
         for part in attribute.split("."):
             function = getattr(function, part)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:  # a module may raise anything, or leave, while it is imported
         raise TargetError(f"{name}: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise TargetError(f"{name}: expected a function with the signature of chunk_kda, got {type(function).__name__}")

@@ -44,8 +44,8 @@ def reference_backward(trial: Trial) -> Iterable[Measure]:
 def dplr_equality(trial: Trial) -> Iterable[Measure]:
     """KDA is general DPLR with a = beta k, b = k exp(g), v <- beta v (section 6.2): the same outputs, within rounding.
 
-    Would have caught: wrong sides or signs in a mapping between the two families (FLA writes a, b of DPLR and RWKV7
-    differently).
+    On a KDA kernel it judges the base call against another form of the definition. Would have caught: wrong sides or
+    signs in a mapping between the two families (FLA writes a, b of DPLR and RWKV7 differently).
     """
     case = trial.case
     q, k, g = case.per_value_head(case.q), case.per_value_head(case.k), case.g
@@ -132,16 +132,13 @@ def same_key_merge(trial: Trial) -> Iterable[Measure]:
     one = base.but(k=keys, g=np.zeros_like(base.g), beta=np.full_like(base.beta, 1 - (1 - first) * (1 - second)))
     twice = {name: np.repeat(getattr(one, name), 2, axis=1) for name in ("q", "k", "v", "g", "do")}
     two = one.but(**twice, beta=np.stack([np.full_like(one.beta[:, 0], b) for b in (first, second)], axis=1))
-    yard = yardstick.measure(two, trial.contract, False)
-    merged, apart = trial.run(one).numbers(), trial.run(two).numbers()
-    yield from trial.pair(
-        {"S": apart["S"], "o": apart["o"]}, {"S": merged["S"], "o": _last_twice(apart["o"], merged["o"])}, yard
+    yard, merged, apart = (
+        yardstick.measure(two, trial.contract, False),
+        trial.run(one).numbers(),
+        trial.run(two).numbers(),
     )
-
-
-def _last_twice(apart: np.ndarray, merged: np.ndarray) -> np.ndarray:
-    """Only the read after the second write is claimed; the first is left as it came."""
-    return np.concatenate([apart[:, :1], merged], axis=1)
+    last = yardstick.Yardstick({}, {"S": yard.legal["S"], "o": yard.legal["o"][:, 1:]}, {})
+    yield from trial.pair({"S": apart["S"], "o": apart["o"][:, 1:]}, merged, last)
 
 
 @claim("tolerance", every(plain, lambda trial: trial.recipe.K > 1))
