@@ -56,10 +56,7 @@ class _FullProducts:
                 self.asked = None
 
 
-_FULL_PRODUCTS = {
-    "cpu": _FullProducts(torch.backends.mkldnn.matmul),
-    "cuda": _FullProducts(torch.backends.cuda.matmul),
-}
+_ON_CPU, _ON_CUDA = _FullProducts(torch.backends.mkldnn.matmul), _FullProducts(torch.backends.cuda.matmul)
 
 
 def _in_full_precision(function: Callable) -> Callable:
@@ -67,7 +64,7 @@ def _in_full_precision(function: Callable) -> Callable:
 
     def run(q, *rest):
         device = q.device.type
-        with _FULL_PRODUCTS[device], torch.autocast(device_type=device, enabled=False):
+        with _ON_CUDA if device == "cuda" else _ON_CPU, torch.autocast(device_type=device, enabled=False):
             return function(q, *rest)
 
     return run

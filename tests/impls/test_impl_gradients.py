@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kda_spec
 from impls import IMPLEMENTATIONS, ChunkTorchConfig, chunk_kda, chunk_torch, kda, recurrent_torch
-from impls.registration import _FULL_PRODUCTS
+from impls.registration import _ON_CPU
 from kda_spec.types import Inputs
 
 NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
@@ -218,7 +218,7 @@ def test_a_lower_precision_of_products_elsewhere_does_not_reach_the_inside(draw,
 
 
 def test_the_last_thread_to_leave_restores_the_precision_of_products():
-    matmul, products = torch.backends.mkldnn.matmul, _FULL_PRODUCTS["cpu"]
+    matmul, products = torch.backends.mkldnn.matmul, _ON_CPU
     torch.set_float32_matmul_precision("medium")
     try:
         with products:
@@ -234,7 +234,7 @@ def test_an_inherited_precision_of_products_stays_inherited():
     matmul, own = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
     matmul.fp32_precision, torch.backends.mkldnn.fp32_precision = "none", "bf16"
     try:
-        with _FULL_PRODUCTS["cpu"]:
+        with _ON_CPU:
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "bf16"
         torch.backends.mkldnn.fp32_precision = "ieee"
