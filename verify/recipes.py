@@ -38,16 +38,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 BORDERS = (15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 TALL = (65, 70, 129, 200)
 """Lengths that cross the borders of chunks of 64 and 128, for cases of one narrow head."""
-STYLES = (
-    *["plain"] * 11,
-    *["packed"] * 4,
-    *["inside"] * 4,
-    *["packed inside"] * 2,
-    "tall",
-    "tall",
-    "tall packed",
-    "empty",
-)
+STYLES = (*["plain"] * 11, *["packed"] * 4, *["inside"] * 4, *["packed inside"] * 2, "empty")
 """Which features meet how often: most properties speak of activated inputs in equal sequences."""
 DIMS = (1, 2, 3, 4, 5, 8, 12, 16, 33, 64)
 
@@ -171,29 +162,28 @@ AXES = {
 """The axes of the domain that an implementation may refuse, each with the recipe's neutral form along it."""
 
 
-def _tokens(limit: int) -> st.SearchStrategy[int]:
-    borders = [t for t in BORDERS if t <= limit]
-    small = st.integers(1, min(limit, 12))
-    return st.one_of(small, st.sampled_from(borders)) if borders else small
+def _tokens(limit: int, more: tuple[int, ...]) -> st.SearchStrategy[int]:
+    """Draw from one ordered list, so that shrinking goes down it: every small length, borders twice, and more."""
+    small = range(1, min(limit, 12) + 1)
+    return st.sampled_from(sorted([*small, *(2 * [t for t in BORDERS if t <= limit]), *more]))
 
 
 @st.composite
 def recipes(draw, dtypes: tuple[str, ...], tokens: int, work: int, chunks: tuple[int, ...] = ()) -> Recipe:
     """Draw a recipe: dtype out of `dtypes`, chunk sizes out of `chunks` or the default.
 
-    Unpacked sequences have at most `tokens` tokens; packed are up to four of half as many each.
+    A sequence has at most `tokens` tokens (half as many where up to four are packed), or one narrow head and one of TALL.
     `work` bounds B*HV*T*K*V, the cost of a sequential pass: heads and batches shrink first, then the dimensions.
     """
     style = draw(st.sampled_from(STYLES))
-    packed, inside, tall = (word in style for word in ("packed", "inside", "tall"))
-    length = st.sampled_from(TALL) if tall else _tokens(tokens)
-    lengths = tuple(draw(st.lists(st.integers(0, 1) | _tokens(tokens // 2), min_size=1, max_size=4))) if packed else ()
-    lengths = (*lengths, draw(length)) if packed and tall else lengths
-    T = sum(lengths) if packed else 0 if style == "empty" else draw(length)
-    dims = st.sampled_from(DIMS[: DIMS.index(8) + 1] if tall else DIMS)
-    K, V = draw(dims), draw(dims)
-    few = st.just(1) if tall else st.sampled_from((1, 1, 2, 3))
-    B, H, G = 1 if packed else draw(few), draw(few), draw(few)
+    packed, inside = "packed" in style, "inside" in style
+    several = st.lists(_tokens(tokens // 2, (0, TALL[0])), min_size=1, max_size=4)
+    lengths = tuple(draw(several)) if packed else ()
+    T = sum(lengths) if packed else 0 if style == "empty" else draw(_tokens(tokens, TALL))
+    few, dims = st.sampled_from((1, 1, 2, 3)), st.sampled_from(DIMS)
+    K, V, B, H, G = draw(dims), draw(dims), 1 if packed else draw(few), draw(few), draw(few)
+    if max(lengths, default=T) > tokens:
+        B, H, G, K, V = 1, 1, 1, min(K, 8), min(V, 8)
     while work < B * H * G * T * K * V and B * H * G * K * V > 1:
         if B * H * G > 1:
             B, H, G = max(B - 1, 1), max(H - 1, 1), max(G - 1, 1)

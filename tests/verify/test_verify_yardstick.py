@@ -1,6 +1,7 @@
 """The simulators are KDA, legal errors pass, everything else is measured as what it is: no absolute tolerance."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_what_an_error_is_divided_by_does_not_know_the_candidate():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_zeros_fail_on_inputs_of_size_2_to_the_minus_30_and_the_right_kernel_passes(dtype):
     zeros, tried = judged_as(lambda o, S: (torch.zeros_like(o), torch.zeros_like(S))), 0
-    for recipe in drawings(dtype, 20, values="small", state=False, betas="uniform"):
+    for recipe in drawings(dtype, 40, values="small", state=False, betas="uniform"):
         if recipe.T and recipe.plain and recipe.keys != "some_zero":
             tried += 1
             assert ratio(OURS, recipe) <= 1
@@ -123,12 +124,23 @@ def test_zeros_fail_on_inputs_of_size_2_to_the_minus_30_and_the_right_kernel_pas
     assert tried >= 10
 
 
-@pytest.mark.parametrize("contract", [default_contract, lambda d: at_least_float32(d, bitwise=frozenset())])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_one_percent_of_scale_fails_in_half_precision(dtype, contract):
+WIDE = partial(at_least_float32, bitwise=frozenset())
+
+
+@pytest.mark.parametrize(
+    "dtype, contract, share",
+    # operands in bfloat16 may legally lose 0.4% each: 1% shows in most cases only, and a run has dozens
+    [
+        ("bfloat16", WIDE, 0.8),
+        ("float16", WIDE, 0.8),
+        ("float16", default_contract, 0.8),
+        ("bfloat16", default_contract, 0.6),
+    ],
+)
+def test_one_percent_of_scale_fails_in_half_precision(dtype, contract, share):
     one_percent = judged_as(lambda o, S: (1.01 * o, S), contract)
     tried = [r for r in drawings(dtype, 20, betas="uniform") if r.T]
-    assert sum(ratio(one_percent, recipe) > 1 for recipe in tried) >= 0.8 * len(tried)
+    assert sum(ratio(one_percent, recipe) > 1 for recipe in tried) >= share * len(tried)
 
 
 SMALL = Recipe("float32", 6, 2, 5, 2, 1, 4, 3, gates="mild", betas="uniform", state=True)
