@@ -1,7 +1,7 @@
 """Ask a target what it takes: each axis of the domain once, with one tiny fixed case, before the properties run.
 
 A refusal narrows the domain and is shown with the share of the recipes that it costs. A keyword that is swallowed and
-changes nothing is a finding. A wrong answer narrows nothing: the properties judge it and shrink it.
+changes nothing is a finding. So is a wrong answer, which narrows nothing: the properties judge it and shrink it.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 
 from verify import yardstick
 from verify.cases import Case
 from verify.families import materialise
+from verify.properties.isolation import strided
 from verify.recipes import AXES, DTYPES, Recipe, drawn, recipes
-from verify.targets import STANDARD, Result, Target, arguments, call_tensors
+from verify.targets import STANDARD, Malformed, Result, Target, arguments, call_tensors
 
 BASE = Recipe(seed=5, T=9, H=2, K=8, V=8, gates="mild", betas="uniform")
 CHUNKS = (16, 32, 64)
@@ -36,7 +36,7 @@ class Probe:
     """What a target made of one axis.
 
     outcome  "supported", "refused" (it raised, or lacks the keyword), "ignored" (it swallowed the keyword: a finding)
-             or "wrong" (it answered, far from the definition: the axis stays in the domain)
+             or "wrong" (it answered, far from the definition: a finding, and the axis stays in the domain)
     share    the part of all recipes that the axis covers; None for what no recipe holds (dtypes, layouts, gradients)
     taken    the chunk sizes that it takes, for that axis
     """
@@ -81,25 +81,42 @@ QUESTIONS = {
 """One question an axis, asked in the first dtype that works; dtypes and chunk sizes are asked beside them."""
 
 
-class Malformed(Exception):
-    """The target returned something other than (o, final_state); the message names what came."""
+def probe(target: Target, dtypes: tuple[str, ...] = DTYPES) -> tuple[Probe, ...]:
+    """Ask about the dtypes that are to be judged and about every axis; about no axis where none of them is taken.
 
-
-def probe(target: Target) -> tuple[Probe, ...]:
-    """Ask about every dtype and every axis. The target's exceptions are refusals; prints and warnings are swallowed."""
+    The target's exceptions are refusals, except where it raises in whatever dtype: then it is wrong, not refusing.
+    Prints and warnings are swallowed.
+    """
     target = complete(target)
     with quiet():
-        dtypes = [_declared(target, dtype) or _ask(target, dtype, dtype, Question()) for dtype in DTYPES]
-        base = _first(dtypes, DTYPES) or target.dtypes[0]
-        half = _first(dtypes, ("bfloat16", "float16"))
-        axes = [
-            _declared(target, axis) or _ask(target, axis, base, question)
-            for axis, question in QUESTIONS.items()
-            if axis != "float32 gates"
-        ]
-        axes += [_float32_gates(target, half), _declared(target, "chunk_size") or _chunk_sizes(target, base)]
+        asked = [_base(target, dtype) for dtype in dtypes]
+        if base := _first(asked, dtypes):
+            asked += [_dtype_of_o(target, asked), *_axes(target, base), *_float32_gates(target, asked)]
+        elif all(_base(target, dtype).outcome == "refused" for dtype in DTYPES if dtype not in dtypes):
+            asked = [Probe("every dtype", "wrong", asked[0].reason)]
     known = shares()
-    return tuple(replace(p, share=known.get(p.axis)) for p in (*dtypes, *axes))
+    return tuple(replace(p, share=known.get(p.axis)) for p in asked)
+
+
+def _base(target: Target, dtype: str) -> Probe:
+    return _declared(target, dtype) or _ask(target, dtype, dtype, Question())
+
+
+def _axes(target: Target, base: str) -> list[Probe]:
+    """Ask about every axis, in the dtype `base`."""
+    single = [axis for axis in QUESTIONS if axis != "float32 gates"]
+    axes = [_declared(target, axis) or _ask(target, axis, base, QUESTIONS[axis]) for axis in single]
+    return [*axes, _declared(target, "chunk_size") or _chunk_sizes(target, base)]
+
+
+def _dtype_of_o(target: Target, asked: list[Probe]) -> Probe:
+    """Compare the dtype of o with that of q, in every dtype that is taken: whoever swaps kernels relies on it."""
+    other = []
+    for dtype in [p.axis for p in asked if p.outcome != "refused"]:
+        with contextlib.suppress(Exception):  # no pair of tensors came: said under the dtype itself
+            came = str(_run(target, materialise(replace(BASE, dtype=dtype)), Question()).o.dtype).removeprefix("torch.")
+            other += [f"o comes in {came} for {dtype} inputs"] if came != dtype else []
+    return Probe("dtype of o", "wrong" if other else "supported", "; ".join(other))
 
 
 def restrict(target: Target, probes: Iterable[Probe]) -> Target:
@@ -152,7 +169,7 @@ def quiet() -> Iterator[None]:
 def _first(probes: Iterable[Probe], dtypes: tuple[str, ...]) -> str | None:
     """Return the first of `dtypes` that gave a right answer, else any answer."""
     outcomes = {p.axis: p.outcome for p in probes}
-    return next((d for wanted in ("supported", "wrong") for d in dtypes if outcomes[d] == wanted), None)
+    return next((d for wanted in ("supported", "wrong") for d in dtypes if outcomes.get(d) == wanted), None)
 
 
 def _declared(target: Target, axis: str) -> Probe | None:
@@ -182,11 +199,14 @@ def _ask(target: Target, axis: str, dtype: str, question: Question) -> Probe:
     return Probe(axis, "wrong" if wrong else "supported", wrong)
 
 
-def _float32_gates(target: Target, dtype: str | None) -> Probe:
-    axis = "float32 gates"
-    if dtype is None:
-        return Probe(axis, "refused", "neither bfloat16 nor float16 is taken")
-    return _declared(target, axis) or _ask(target, axis, dtype, QUESTIONS[axis])
+def _float32_gates(target: Target, asked: list[Probe]) -> list[Probe]:
+    """Ask about float32 gates beside narrow inputs, if any of these is to be judged: beside others they are nothing."""
+    axis, narrow = "float32 gates", ("bfloat16", "float16")
+    if not any(p.axis in narrow for p in asked):
+        return []
+    if dtype := _first(asked, narrow):
+        return [_declared(target, axis) or _ask(target, axis, dtype, QUESTIONS[axis])]
+    return [Probe(axis, "refused", f"none of {', '.join(p.axis for p in asked if p.axis in narrow)} is taken")]
 
 
 def _chunk_sizes(target: Target, dtype: str) -> Probe:
@@ -221,32 +241,10 @@ def _run(target: Target, case: Case, question: Question, leave_out: tuple[str, .
     v_first = "state_v_first" in question.keywords
     tensors, keywords = arguments(case, target, v_first)
     if question.strided:
-        tensors = {name: _strided(x) for name, x in tensors.items()}
+        tensors = {name: strided(x) for name, x in tensors.items()}
     leaves = {n: x.detach().requires_grad_(question.backward) for n, x in tensors.items() if n not in leave_out}
     keywords = {name: value for name, value in keywords.items() if name not in leave_out}
-    checked = replace(target, function=_checked(target.function))
-    return call_tensors(checked, case, leaves, keywords, question.backward, state_v_first=v_first)
-
-
-def _checked(function: Callable) -> Callable:
-    def checked(*tensors, **keywords):
-        returned = function(*tensors, **keywords)
-        parts = [type(x).__name__ for x in returned] if isinstance(returned, tuple) else []
-        right = len(parts) == 2 and all(
-            isinstance(x, kind) for x, kind in zip(returned, (torch.Tensor, torch.Tensor | None), strict=True)
-        )
-        if not right:
-            came = f"({', '.join(parts)})" if parts else type(returned).__name__
-            raise Malformed(f"expected (o, final_state), two tensors, got {came}")
-        return returned
-
-    return checked
-
-
-def _strided(x: torch.Tensor) -> torch.Tensor:
-    """View every second element of a buffer of NaN as x."""
-    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype, device=x.device)
-    return wide[..., ::2].copy_(x)
+    return call_tensors(target, case, leaves, keywords, question.backward, state_v_first=v_first)
 
 
 def _parameters(function: Callable) -> dict[str, inspect.Parameter] | None:

@@ -103,4 +103,26 @@ def returns_o_only(q, k, v, g, beta, **keywords):
     return float64_copy(q, k, v, g, beta, **keywords)[0]
 
 
+def state_forgotten(q, k, v, g, beta, **keywords):
+    """The final state is None, whoever asks for it."""
+    return float64_copy(q, k, v, g, beta, **keywords)[0], None
+
+
+def in_float32(q, k, v, g, beta, **keywords):
+    """float64 inputs are computed in float32, as many kernels do."""
+    o, S = float64_copy(q, k, v, g, beta, **keywords)
+    return o.float().to(o.dtype), None if S is None else S.float().to(S.dtype)
+
+
+def raises_always(q, k, v, g, beta, **keywords):
+    """No device that it was built for."""
+    raise RuntimeError('no kernel """ image\nimport os')
+
+
+def bfloat16_only(q, k, v, g, beta, **keywords):
+    """Other dtypes are refused."""
+    assert q.dtype == torch.bfloat16
+    return float64_copy(q, k, v, g, beta, **keywords)
+
+
 not_callable = 3

@@ -47,6 +47,7 @@ def loop(
     chunk_size=None,
 ):
     """Run KDA token by token in float64, with everything that FLA's signature has."""
+    dtype = q.dtype
     q, k, v, g, beta = (x.double() for x in (q, k, v, g, beta))
     q, k, g, beta = activated(
         q,
@@ -79,7 +80,7 @@ def loop(
             rows[b].append(scale * torch.einsum("hk,hkv->hv", q[b, t], S))
         states.append(S.transpose(-1, -2) if state_v_first else S)
     o = torch.stack([torch.stack(x) for x in rows]) if rows[0] else torch.zeros_like(v)
-    return o, torch.stack(states) if output_final_state else None
+    return o.to(dtype), torch.stack(states) if output_final_state else None
 
 
 def without(*names):
@@ -132,7 +133,20 @@ def stride_blind(q, *rest, **keywords):
 
 def in_float32(*tensors, **keywords):
     o, S = loop(*tensors, **keywords)
-    return o.float(), S.float()
+    return o.float().to(o.dtype), S.float()
+
+
+def always_float32(*tensors, **keywords):
+    o, S = loop(*tensors, **keywords)
+    return o.float(), S
+
+
+def forgets_the_state(*tensors, **keywords):
+    return loop(*tensors, **keywords)[0], None
+
+
+def raises(*tensors, **keywords):
+    raise RuntimeError("no kernel image\nis available")
 
 
 def state_demanded(q, k, v, g, beta, initial_state, output_final_state, **kwargs):
@@ -208,12 +222,27 @@ TARGETS = {
     "contiguous only": (contiguous_only, SWALLOWED | {"strided inputs": unable("ValueError")}),
     "blind to strides": (stride_blind, SWALLOWED | {"strided inputs": ("wrong", "o is not finite")}),
     "computes in float32": (in_float32, SWALLOWED | {"float64": ("wrong", "o is off by ")}),
+    "o in float32": (
+        always_float32,
+        SWALLOWED
+        | {
+            "float64": ("wrong", "o is off by "),
+            "dtype of o": ("wrong", "o comes in float32 for bfloat16 inputs; o comes in float32 for float16 inputs; "),
+        },
+    ),
     "one chunk size wrong": (some_chunks, {"chunk_size": ("wrong", "C=32: o is off by 2.0e+00 of its norm")}),
     "T = 0 unwritten": (no_state_without_tokens, SWALLOWED | {"T = 0": ("wrong", "S is not finite")}),
     "three results": (
         three_results,
         dict.fromkeys(
             (*DTYPES, *QUESTIONS), ("wrong", "expected (o, final_state), two tensors, got (Tensor, Tensor, NoneType)")
+        )
+        | {"chunk_size": ("wrong", "C=16: expected (o, final_state)")},
+    ),
+    "no state": (
+        forgets_the_state,
+        dict.fromkeys(
+            (*DTYPES, *QUESTIONS), ("wrong", "expected (o, final_state), two tensors, got (Tensor, NoneType)")
         )
         | {"chunk_size": ("wrong", "C=16: expected (o, final_state)")},
     ),
@@ -234,11 +263,34 @@ def foreign(function) -> Target:
 def test_every_axis_gets_its_outcome_and_its_reason(name):
     function, special = TARGETS[name]
     found = {p.axis: p for p in probe(foreign(function))}
-    assert set(found) == {*DTYPES, *AXES, "state_v_first", "strided inputs", "backward"}
+    assert set(found) == {*DTYPES, *AXES, "state_v_first", "strided inputs", "backward", "dtype of o"}
     for axis, p in found.items():
         outcome, reason = special.get(axis, FINE)
         assert (p.outcome, p.reason[: len(reason)]) == (outcome, reason), p
         assert (p.reason == "") == (outcome == "supported")
+
+
+def outcomes(function, dtypes) -> dict[str, str]:
+    return {p.axis: p.outcome for p in probe(foreign(function), dtypes)}
+
+
+def test_only_the_dtypes_that_are_to_be_judged_are_asked():
+    found = outcomes(in_float32, ("float32",))
+    assert set(found) & set(DTYPES) == {"float32"}
+    assert "wrong" not in found.values()
+    assert "float32 gates" not in found
+    assert outcomes(in_float32, ("bfloat16",))["float32 gates"] == "supported"
+    assert outcomes(in_float32, ("float64",))["float64"] == "wrong"
+
+
+def test_a_kernel_that_takes_none_of_the_asked_dtypes_but_others_refuses_them():
+    assert outcomes(bfloat16_only, ("float32", "float64")) == {"float32": "refused", "float64": "refused"}
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES, ("float32",)], ids=len)
+def test_a_kernel_that_raises_in_every_dtype_is_wrong_with_its_exception(dtypes):
+    (found,) = probe(foreign(raises), dtypes)
+    assert (found.axis, found.outcome, found.reason) == ("every dtype", "wrong", "RuntimeError: no kernel image")
 
 
 def test_prints_and_warnings_go_nowhere(capfd, recwarn):
@@ -281,7 +333,7 @@ def test_a_declared_refusal_is_not_asked_again():
     assert found["varlen"] == ("refused", "no packing")
     assert found["backward"] == ("refused", "declared: no backward")
     assert found["float64"] == ("refused", "declared: takes float32")
-    assert found["float32 gates"] == ("refused", "neither bfloat16 nor float16 is taken")
+    assert found["float32 gates"] == ("refused", "none of bfloat16, float16 is taken")
 
 
 def test_a_row_of_the_table_takes_all_but_chunks():

@@ -1,12 +1,24 @@
 """A call hands over exact values between guard bands, poisons what is allocated, and names what cannot be judged."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from verify.families import materialise
 from verify.recipes import DTYPES, Recipe
-from verify.targets import GUARD, TargetError, arguments, call, default_contract, guarded, poisoned_allocations, resolve
+from verify.targets import (
+    GUARD,
+    Malformed,
+    TargetError,
+    arguments,
+    call,
+    default_contract,
+    guarded,
+    poisoned_allocations,
+    resolve,
+)
 
 CASE = materialise(Recipe("float32", 1, 2, 4, 2, 1, 3, 5, gates="mild", state=True))
 
@@ -66,11 +78,33 @@ def test_a_call_hands_over_exact_values_and_returns_every_gradient():
 
 
 @pytest.mark.parametrize(
+    "returned, came",
+    [
+        (lambda o: o, "Tensor"),
+        (lambda o: [o, o], "list"),
+        (lambda o: (o, None), r"\(Tensor, NoneType\)"),
+        (lambda o: (o, o, o), r"\(Tensor, Tensor, Tensor\)"),
+        (lambda o: (1.0, o), r"\(float, Tensor\)"),
+    ],
+)
+def test_what_is_no_pair_of_tensors_is_named(returned, came):
+    target = replace(resolve("recurrent_torch", "cpu"), function=lambda q, k, v, *_, **__: returned(v))
+    with pytest.raises(Malformed, match=f"expected .o, final_state., two tensors, got {came}$"):
+        call(target, CASE)
+
+
+def test_no_state_is_right_where_nobody_asked_for_it():
+    target = replace(resolve("recurrent_torch", "cpu"), function=lambda q, k, v, *_, **__: (v, None))
+    assert call(target, CASE, final_state=False).S is None
+
+
+@pytest.mark.parametrize(
     "name, message",
     [
         ("nonsense", "unknown.*known.*recurrent_torch.*package.module:function"),
         ("no_such_module:f", "ModuleNotFoundError.*no_such_module"),
         ("broken_kernels:no_such_function", "AttributeError.*no_such_function"),
+        ("raises_on_import:f", "raises_on_import:f: SystemExit"),
         ("broken_kernels:not_callable", "expected a function with the signature of chunk_kda, got int"),
     ],
 )
