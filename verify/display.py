@@ -96,15 +96,15 @@ def _verdict(verdict: Verdict) -> str:
     failing = sum(cell.ratio > 1 for cell in verdict.cells.values())
     if verdict.nondeterministic:
         return "[bold red]NONDETERMINISTIC"
-    if failing or verdict.ignored:
-        return f"[bold red]FAIL ({failing + len(verdict.ignored)})"
+    if failing or verdict.findings:
+        return f"[bold red]FAIL ({failing + len(verdict.findings)})"
     return "[bold green]pass" if verdict.cells else "[yellow]nothing ran"
 
 
 def counts(verdict: Verdict, device: str) -> str:
     """Say in one line how much was tried, and what was not."""
     done = verdict.counts or {}
-    tried = f"{verdict.seen} cases, {done.get('rows', 0):,} rows compared, {done.get('runs', 0):,} calls"
+    tried = f"{verdict.seen} cases, {done.get('rows', 0):,} values compared, {done.get('runs', 0):,} calls"
     text = f"[bold]{escape(verdict.target)}[/]: {tried}"
     if discarded := done.get("discarded"):
         text += f", {discarded} checks had nothing to compare"
@@ -113,6 +113,15 @@ def counts(verdict: Verdict, device: str) -> str:
     if verdict.code == 0:
         text += f"\n  {PROMISE.format(cases=verdict.seen, device=device)}"
     return text
+
+
+def not_asked(verdict: Verdict) -> str:
+    """Say which of the chosen properties no case could ask, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in verdict.done["not_asked"].items():
+        reasons.setdefault(reason, []).append(name)
+    parts = (f"{', '.join(names)} ({escape(reason)})" for reason, names in reasons.items())
+    return f"  not asked: {', '.join(parts)}"
 
 
 def contract(named: str | None) -> str:

@@ -15,6 +15,8 @@ from typing import TextIO
 from verify.trial import Measure
 
 SCHEMA = 1
+DEFINITIONS = json.loads(Path(__file__).with_name("records.schema.json").read_text())
+"""The JSON Schema of a line."""
 INFINITE = "@-inf"
 """Suffix of a property's name for cases with gates of minus infinity, which are reported apart."""
 

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,9 @@ from verify.trial import Measure, TargetRaised, Trial
 
 Emit = Callable[..., None]
 
+
+LOOKED_AT = 32
+"""Recipes among which a case is sought that a property would take if its target took one axis more."""
 
 SHRUNK = 10
 """Properties of one target whose first failure is made small; one bug fails dozens, and a few small cases show it."""
@@ -37,6 +40,15 @@ class Found:
     number: int
 
 
+@dataclass
+class Tally:
+    """What was done to one target: counts, properties that compared something, and those that met an empty case."""
+
+    counts: dict[str, int] = field(default_factory=lambda: {"cases": 0, "rows": 0, "runs": 0, "discarded": 0})
+    judged: set[str] = field(default_factory=set)
+    empty: set[str] = field(default_factory=set)
+
+
 def judge(plan: Plan, emit: Emit) -> None:
     """Run a plan; `emit(kind, **fields)` receives every record."""
     target = _target(plan, emit)
@@ -44,15 +56,22 @@ def judge(plan: Plan, emit: Emit) -> None:
         _judge_one(plan, target, emit)
         return
     chosen = [p for p in PROPERTIES if not plan.properties or p.name in plan.properties]
-    counts = {"cases": 0, "rows": 0, "runs": 0, "discarded": 0}
+    tally = Tally()
     refused = [d for d in plan.dtypes if d not in target.dtypes]
     found: dict[str, Found] = {}
     for dtype in plan.dtypes:
         if dtype in target.dtypes:
-            found = _generate(plan, target, chosen, dtype, counts, emit) | found
+            found = _generate(plan, target, chosen, dtype, tally, emit) | found
     for i, (name, failure) in enumerate(_once_each(found).items() if not plan.kills else ()):
         _report(plan, target, name, failure, emit, shrink=i < SHRUNK)
-    emit("target", target=plan.target, counts=counts, refused=dict(target.refused), dtypes_refused=refused)
+    emit(
+        "target",
+        target=plan.target,
+        counts=tally.counts,
+        refused=dict(target.refused),
+        dtypes_refused=refused,
+        not_asked=_not_asked(plan, target, [p for p in chosen if p.name not in tally.judged], tally.empty),
+    )
 
 
 def _once_each(found: dict[str, Found]) -> dict[str, Found]:
@@ -96,6 +115,7 @@ def _judge_one(plan: Plan, target: Target, emit: Emit) -> None:
         counts={"cases": 1, "rows": 0, "runs": 1, "discarded": 0},
         refused={},
         dtypes_refused=[],
+        not_asked={},
     )
 
 
@@ -119,10 +139,46 @@ def _target(plan: Plan, emit: Emit) -> Target:
     target = load(plan)
     if not target.foreign:
         return target
-    probes = probe.probe(target)
-    for p in probes:
+    probes = probe.probe(target, plan.dtypes)
+    for p in probes if plan.recipe is None else ():
         emit("probe", target=plan.target, axis=p.axis, outcome=p.outcome, reason=p.reason, share=p.share)
     return probe.restrict(target, probes)
+
+
+def _not_asked(plan: Plan, target: Target, missing: list[Property], empty: set[str]) -> dict[str, str]:
+    """Say for each property that compared nothing why: its cases were empty, an axis is closed, or no case fits."""
+    dtypes = [d for d in plan.dtypes if d in target.dtypes]
+    if plan.kills or not missing or not dtypes:
+        return {}
+    profile = PROFILES[plan.profile]
+    strategy = recipes(tuple(dtypes), tokens=profile.tokens, work=profile.work, chunks=probe.CHUNKS)
+    met = [drawn(strategy, number) for number in range(LOOKED_AT)]
+
+    def fits(prop: Property, taker: Target) -> list[bool]:
+        return [prop.applies(Trial(taker, neutral(recipe, taker))) for recipe in met]
+
+    reasons = {}
+    for prop in missing:
+        now = fits(prop, target)
+        axes = [axis for axis in sorted(_closed(target)) if fits(prop, _opened(target, axis)) != now]
+        reasons[prop.name] = f"{' or '.join(axes)} not taken" if axes else "no drawn case fits"
+    return reasons | dict.fromkeys((p.name for p in missing if p.name in empty), "nothing to compare in its cases")
+
+
+def _closed(target: Target) -> set[str]:
+    """Return the axes of the domain that a target does not take."""
+    missing = {"chunk_size": not target.chunks, "backward": not target.backward}
+    return {axis for axis in target.refused if axis not in DTYPES} | {axis for axis in missing if missing[axis]}
+
+
+def _opened(target: Target, axis: str) -> Target:
+    """Return the target as if it took an axis."""
+    return replace(
+        target,
+        refused={name: reason for name, reason in target.refused.items() if name != axis},
+        backward=target.backward or axis == "backward",
+        chunks=target.chunks or (probe.CHUNKS if axis == "chunk_size" else ()),
+    )
 
 
 def _strategy(plan: Plan, target: Target, dtype: str):
@@ -146,14 +202,14 @@ def neutral(recipe: Recipe, target: Target) -> Recipe:
 
 
 def _generate(
-    plan: Plan, target: Target, chosen: list[Property], dtype: str, counts: dict, emit: Emit
+    plan: Plan, target: Target, chosen: list[Property], dtype: str, tally: Tally, emit: Emit
 ) -> dict[str, Found]:
     """Judge recipe after recipe; returns the first failure of every property."""
     found: dict[str, Found] = {}
     strategy, killed = _strategy(plan, target, dtype), 0
     for number in range(plan.examples):
         recipe = drawn(strategy, _seed(plan, dtype, number))
-        failures = _judge_case(plan, Trial(target, recipe), chosen, counts, emit)
+        failures = _judge_case(plan, Trial(target, recipe), chosen, tally, emit)
         for prop, name, worst in failures:
             found.setdefault(name, Found(prop, recipe, worst, number))
         killed += bool(failures)
@@ -163,11 +219,12 @@ def _generate(
 
 
 def _judge_case(
-    plan: Plan, trial: Trial, chosen: list[Property], counts: dict, emit: Emit
+    plan: Plan, trial: Trial, chosen: list[Property], tally: Tally, emit: Emit
 ) -> list[tuple[Property, str, Measure]]:
-    results, gates, failures = {}, {}, []
+    results, gates, failures, counts = {}, {}, [], tally.counts
     for name, prop, measures in _measured(trial, chosen):
-        worst = max(measures, key=lambda m: m.ratio, default=None)
+        worst = worst_of(measures)
+        (tally.empty if worst is None else tally.judged).add(prop.name)
         if worst is None:
             counts["discarded"] += 1
             continue
@@ -218,11 +275,17 @@ def check(prop: Property, trial: Trial) -> list[Measure]:
         return [Measure(f"raised {error}", math.inf, 0)]
 
 
+def worst_of(measures: list[Measure]) -> Measure | None:
+    """Return the worst measure, None where nothing was compared; a failure counts whatever it compared."""
+    worst = max(measures, key=lambda m: m.ratio, default=None)
+    return worst if worst and (worst.ratio > 1 or any(m.rows for m in measures)) else None
+
+
 def _worst(prop: Property, target: Target, recipe: Recipe) -> Measure | None:
     trial = Trial(target, recipe)
     if not prop.applies(trial):
         return None
-    return max(check(prop, trial), key=lambda m: m.ratio, default=None)
+    return worst_of(check(prop, trial))
 
 
 def _report(plan: Plan, target: Target, name: str, found: Found, emit: Emit, shrink: bool) -> None:

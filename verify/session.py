@@ -74,14 +74,15 @@ class Verdict:
             self.broken = record
 
     @property
-    def ignored(self) -> list[dict]:
-        """Keywords that the target takes and silently ignores: findings of the probe."""
-        return [p for p in self.probes if p["outcome"] == "ignored"]
+    def findings(self) -> list[dict]:
+        """What the probe found: keywords that the target takes and ignores, questions that it answers wrongly."""
+        return [p for p in self.probes if p["outcome"] in ("ignored", "wrong")]
 
     @property
     def nondeterministic(self) -> bool:
         """True if equal calls gave different bits, or a failure was gone when its case ran again."""
-        unequal = any(cell.ratio > 1 for name, cell in self.cells.items() if name.startswith("determinism"))
+        repeated = [cell for name, cell in self.cells.items() if name.startswith("determinism") and cell.ratio > 1]
+        unequal = any(not cell.worst["what"].startswith("raised ") for cell in repeated)
         return unequal or any(not f["steady"] for f in self.failures)
 
     @property
@@ -91,17 +92,14 @@ class Verdict:
             return USAGE if self.broken["kind"] == "usage" else CRASH
         if self.nondeterministic:
             return FLAKY
-        if self.ignored or any(cell.ratio > 1 for cell in self.cells.values()):
+        if self.findings or any(cell.ratio > 1 for cell in self.cells.values()):
             return FAILED
         return PASS if self.cells else NOTHING
 
 
 def exit_code(codes: list[int]) -> int:
-    """Combine exit codes: usage first (nothing was judged as asked), then 6 > 5 > 1 > 4 > 3, else 0."""
-    return next(
-        (code for code in (USAGE, CRASH, FLAKY, FAILED, SURVIVOR) if code in codes),
-        NOTHING if not codes or all(code == NOTHING for code in codes) else PASS,
-    )
+    """Combine exit codes: usage first (nothing was judged as asked), then 6 > 5 > 1 > 4 > 3 > 0; 3 if there is none."""
+    return next((code for code in (USAGE, CRASH, FLAKY, FAILED, SURVIVOR, NOTHING, PASS) if code in codes), NOTHING)
 
 
 def run(batches: list[list[Plan]], listen: Listener) -> dict[str, Verdict]:

@@ -10,6 +10,7 @@ from verify.plan import PROFILES, Plan
 from verify.properties import PROPERTIES
 from verify.recipes import Recipe, from_json
 from verify.targets import TargetError
+from verify.trial import Measure
 
 
 def failures(found: list[dict]) -> dict[str, dict]:
@@ -29,6 +30,7 @@ SMALLEST = [
     ("raises_on_three_tokens", "reference_forward", Recipe(T=3)),
     ("nan_at_minus_infinity", "reference_forward@-inf", Recipe(T=1, gates="resets_inf")),
     ("returns_o_only", "reference_forward", Recipe(T=1)),
+    ("state_forgotten", "reference_forward", Recipe(T=1)),
 ]
 
 
@@ -86,6 +88,59 @@ def test_a_keyword_taken_and_ignored_is_a_finding(judged):
     assert not any(r["recipe"]["scale"] for r in found if r["kind"] == "case")
 
 
+FINDINGS = [
+    ("in_float32", ("float32", "bfloat16"), session.PASS),
+    ("in_float32", ("float64",), session.FAILED),
+    ("raises_always", ("float32",), session.FAILED),
+    ("bfloat16_only", ("float32",), session.NOTHING),
+    ("returns_o_only", ("float32",), session.FAILED),
+]
+
+
+@pytest.mark.parametrize("kernel, dtypes, code", FINDINGS, ids=lambda x: str(x))
+def test_what_the_probe_finds_wrong_fails_whatever_the_properties_say(judged, kernel, dtypes, code):
+    found = judged(f"broken_kernels:{kernel}", ("determinism",), examples=2, dtypes=dtypes)
+    whole = verdict(kernel, found)
+    assert whole.code == code
+    assert ("no counterexample" in display.counts(whole, "cpu")) == (code == session.PASS)
+    assert ("WRONG" in "".join(display.probes(whole))) == (code == session.FAILED)
+
+
+def test_a_replay_reports_its_case_and_not_what_the_probe_finds(judged):
+    plain = Recipe(T=2).to_json()
+    found = judged("broken_kernels:deaf_to_scale", ("reference_forward",), recipe=plain)
+    assert verdict("deaf_to_scale", found).code == session.PASS
+
+
+@pytest.mark.parametrize(
+    "target, name, reason",
+    [
+        ("recurrent_torch", "chunk_invariance", "chunk_size not taken"),
+        ("broken_kernels:float64_copy", "state_v_first", "state_v_first not taken"),
+        ("recurrent_torch", "reset_gradient", "no drawn case fits"),
+        ("recurrent_torch", "null_token", ""),
+    ],
+)
+def test_a_property_that_compared_nothing_is_named_with_its_reason(judged, target, name, reason):
+    whole = verdict(target, judged(target, (name,), examples=3))
+    assert whole.done["not_asked"] == ({name: reason} if reason else {})
+    assert f"{name} ({reason})" in display.not_asked(whole) or not reason
+
+
+def test_a_property_without_anything_to_compare_is_discarded(judged, monkeypatch):
+    empty = replace(PROPERTIES[0], check=lambda trial: [Measure("nothing", 0.0, 0.0, rows=0)])
+    monkeypatch.setattr(runner, "PROPERTIES", (empty,))
+    (*cases, done) = judged("recurrent_torch", examples=2)
+    assert [case["results"] for case in cases] == [{}, {}]
+    assert done["counts"]["discarded"] == 2
+    assert done["not_asked"] == {empty.name: "nothing to compare in its cases"}
+
+
+def test_a_failure_counts_though_it_compared_nothing():
+    raised = Measure("raised", float("inf"), 0, rows=0)
+    assert runner.worst_of([Measure("fine", 0.0, 1.0), raised]) == raised
+
+
 @pytest.mark.parametrize("target", ["recurrent_torch", "broken_kernels:undecayed"])
 def test_equal_plans_give_equal_records_byte_for_byte(judged, target):
     first, second = ("".join(map(records.line, judged(target, ("reference_forward",), examples=3))) for _ in range(2))
@@ -136,7 +191,7 @@ PRECEDENCE = [
     ([0, 0], 0),
     ([3], 3),
     ([3, 3], 3),
-    ([0, 3], 0),
+    ([0, 3], 3),
     ([0, 1, 3], 1),
     ([4, 0], 4),
     ([4, 1], 1),
@@ -150,7 +205,7 @@ PRECEDENCE = [
 
 
 @pytest.mark.parametrize("codes, expected", PRECEDENCE, ids=str)
-def test_exit_codes_combine_as_6_before_5_before_1_before_4_before_3_and_usage_first(codes, expected):
+def test_exit_codes_combine_as_6_before_5_before_1_before_4_before_3_before_0_and_usage_first(codes, expected):
     assert session.exit_code(codes) == expected
 
 
