@@ -1,9 +1,14 @@
-"""Failing cases as files: a JSON recipe that --replay reads, and a script that needs only torch and the target."""
+"""Failing cases as files: a JSON recipe that --replay reads, and a script that needs only torch and the target.
+
+A file may come from anybody: it is checked before anything is computed, and nothing of it reaches a script as code.
+"""
 
 import json
+import math
 import re
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 
 from kda_spec.recurrent import recurrent
@@ -11,14 +16,17 @@ from verify.cases import Case
 from verify.families import materialise
 from verify.properties import PROPERTIES
 from verify.recipes import Recipe, from_json, words
-from verify.records import INFINITE, SCHEMA, versions
+from verify.records import DEFINITIONS, INFINITE, SCHEMA, versions
 from verify.yardstick import activated
 
 SCRIPT_ELEMENTS = 4096
 """Cases with more elements than this get no script: it would hold pages of numbers, and shrinking has failed anyway."""
 
-NEEDED = {"target", "device", "property", "recipe", "inputs", "config", "contract"}
-"""Fields of a failure record without which it cannot be replayed."""
+TARGET = re.compile(r"[\w.]+(:[\w.]+)?")
+"""A name from the table, mutant:name, or package.module:function."""
+
+LARGEST = 10**8
+"""Largest B*T*HV*K*V of a file's case: fifty times the largest that the deep profile draws."""
 
 
 def save(folder: Path, failure: dict) -> Path:
@@ -28,23 +36,20 @@ def save(folder: Path, failure: dict) -> Path:
     path = folder / f"{stem}.json"
     path.write_text(json.dumps({**failure, "versions": versions()}, indent=2) + "\n")
     case = materialise(from_json(failure["recipe"]))
-    if sum(x.size for x in (case.q, case.k, case.v, case.g, case.beta, case.initial)) <= SCRIPT_ELEMENTS:
-        path.with_suffix(".py").write_text(script(failure, case))
+    small = sum(x.size for x in (case.q, case.k, case.v, case.g, case.beta, case.initial)) <= SCRIPT_ELEMENTS
+    if small and not failure["target"].startswith("mutant:"):  # whose functions have no name to be imported by
+        path.with_suffix(".py").write_text(script(failure, case), encoding="utf-8")
     return path
 
 
 def load(path: Path) -> dict:
     """Read a failure file. Raises ValueError that says what is wrong with it."""
     try:
-        failure = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        failure = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--replay {path}: not a failure file: {error}") from error
-    if not isinstance(failure, dict) or failure.get("schema") != SCHEMA or failure.get("kind") != "failure":
-        raise ValueError(f"--replay {path}: expected a failure record of schema version {SCHEMA}")
-    if missing := sorted(NEEDED - set(failure)):
-        raise ValueError(f"--replay {path}: the record lacks {', '.join(missing)}")
-    if failure["property"].removesuffix(INFINITE) not in {p.name for p in PROPERTIES}:
-        raise ValueError(f"--replay {path}: unknown property {failure['property']} (--list names them)")
+    if problem := _problem(failure):
+        raise ValueError(f"--replay {path}: {problem}")
     made = materialise(from_json(failure["recipe"])).digest()
     if made != failure["inputs"]:
         raise ValueError(
@@ -53,11 +58,37 @@ def load(path: Path) -> dict:
     return failure
 
 
-_SCRIPT = '''"""{title}
+def _problem(failure: object) -> str | None:
+    """Say what is wrong with a file's content, without computing anything of the size that it names."""
+    if not isinstance(failure, dict) or failure.get("schema") != SCHEMA or failure.get("kind") != "failure":
+        return f"expected a failure record of schema version {SCHEMA}"
+    of_kind = {"$ref": "#/$defs/failure", "$defs": DEFINITIONS["$defs"]}  # its errors name fields, the whole's do not
+    for schema in (of_kind, DEFINITIONS):
+        if error := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(failure)):
+            return f"not a failure record: {error.json_path}: {error.message}"
+    if not TARGET.fullmatch(failure["target"]):
+        return f"expected a target like package.module:function, got {failure['target']!r}"
+    if failure["property"].removesuffix(INFINITE) not in {p.name for p in PROPERTIES}:
+        return f"unknown property {failure['property']} (--list names them)"
+    return _unmakeable(failure["recipe"])
 
-{words}
-Found by `python -m verify`: property {property}, {what}: observed {observed}, allowed {allowed}.
-"""
+
+def _unmakeable(recipe: dict) -> str | None:
+    """Say why no case can be made of a recipe that fits the schema (to which 3.0 is an integer)."""
+    lengths = recipe["lengths"]
+    if floats := [x for x in (*recipe.values(), *lengths) if isinstance(x, float)]:
+        return f"recipe: expected integers, got {floats[0]}"
+    if lengths and (recipe["B"] != 1 or recipe["T"] != sum(lengths)):
+        return f"recipe: lengths {lengths} need B=1 and T={sum(lengths)}, got B={recipe['B']} T={recipe['T']}"
+    sizes = [max(recipe["B"], len(lengths)), max(recipe["T"], 1), *(recipe[x] for x in "HGKV")]
+    if math.prod(sizes) > LARGEST:
+        return f"recipe: B*T*HV*K*V is at most {LARGEST:.0e} in a file, got {words(from_json(recipe))}"
+    return None
+
+
+_SCRIPT = '''"""Call a kernel on one case, and print its results beside those of the float64 definition."""
+
+{about}
 
 import importlib
 from operator import attrgetter
@@ -81,9 +112,9 @@ expected = {{
 }}
 
 if __name__ == "__main__":
-    module, name = {target!r}.split(":")
+    kernel = attrgetter({function!r})(importlib.import_module({module!r}))
     positional = [arguments.pop(x) for x in ("q", "k", "v", "g", "beta")]
-    returned = attrgetter(name)(importlib.import_module(module))(*positional, **arguments)
+    returned = kernel(*positional, **arguments)
     for (what, right), x in zip(expected.items(), returned):
         print(what)
         print("  got     ", x.double().flatten().tolist())
@@ -96,16 +127,21 @@ def script(failure: dict, case: Case) -> str:
     """Write a script that calls the target on the case and prints its output beside the definition's."""
     recipe: Recipe = from_json(failure["recipe"])
     exact = recurrent(activated(case).inputs())
-    target = failure["target"] if ":" in failure["target"] else f"impls:{_public(failure['target'])}"
+    target, own = failure["target"], ":" not in failure["target"]
+    assert TARGET.fullmatch(target)
+    module, _, function = ("impls:kda" if own else target).partition(":")
+    chosen = [f'    "implementation": {target!r},'] if own else []
+    if own and failure["config"]:
+        chosen.append(f"    # found with the launch configuration {ascii(failure['config'])}")
+    found = f"property {failure['property']}, {failure['what']} {failure['where']}"
     return _SCRIPT.format(
-        title=f"A case on which {failure['target']} fails.",
-        words=words(recipe),
-        property=failure["property"],
-        what=failure["what"],
-        observed=failure["observed"],
-        allowed=failure["allowed"],
-        target=target,
-        arguments="\n".join(_arguments(case)),
+        about=_comment(
+            f"{target} fails on {words(recipe)}",
+            f"Found by `python -m verify`: {found}: observed {failure['observed']}, allowed {failure['allowed']}.",
+        ),
+        module=module,
+        function=function,
+        arguments="\n".join((*chosen, *_arguments(case))),
         o_shape=exact.o.shape,
         o=_values(exact.o),
         S_shape=exact.final_state.shape,
@@ -113,8 +149,9 @@ def script(failure: dict, case: Case) -> str:
     )
 
 
-def _public(name: str) -> str:
-    return "chunk_kda" if name.startswith("chunk") else "fused_recurrent_kda"
+def _comment(*lines: str) -> str:
+    """Return lines of comment; whatever could end a line, a target's exceptions among it, is escaped."""
+    return "\n".join("# " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) for text in lines)
 
 
 def _arguments(case: Case) -> list[str]:
