@@ -45,6 +45,8 @@ class Options:
     """The command line, checked."""
 
     targets: tuple[str, ...]
+    named: frozenset[str]
+    """Targets that the command line names one by one: each must run."""
     device: str
     profile: str
     properties: tuple[str, ...]
@@ -66,6 +68,18 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("targets", nargs="*", metavar="TARGET", help="what to judge (see below)")
+    _add_domain(p)
+    _add_files(p)
+    p.add_argument("--list", action="store_true", help="list implementations and properties")
+    p.add_argument(
+        "--explain", metavar="PROPERTY", help="equation, precondition, tolerance and the bugs that it would have caught"
+    )
+    p.add_argument("--self-test", action="store_true", help="judge the judge: every planted bug must be found")
+    return p
+
+
+def _add_domain(p: argparse.ArgumentParser) -> None:
+    """Add what decides which cases are tried."""
     profiles = "; ".join(f"{x.name}: {x.summary}" for x in PROFILES.values())
     p.add_argument("--profile", choices=PROFILES, default="quick", help=f"how much to try (default quick). {profiles}")
     p.add_argument(
@@ -73,42 +87,25 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--property", metavar="NAME,...", help="only these properties (--list names them)")
     p.add_argument("--dtype", metavar="NAME,...", help=f"input dtypes out of {', '.join(DTYPES)}; default by profile")
-    p.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="which recipes are drawn (default 0); equal seeds, equal recipes",
-    )
+    seed = "which recipes are drawn (default 0); equal seeds, equal recipes"
+    p.add_argument("--seed", type=int, default=0, metavar="N", help=seed)
     p.add_argument("--max-examples", type=int, metavar="N", help="recipes per dtype instead of the profile's number")
-    p.add_argument("--config", metavar="FILE", help="judge one launch configuration: a JSON object of its fields")
     p.add_argument(
         "--contract",
         choices=DTYPES,
         help="assume this operand precision of a package.module:function, whatever the inputs",
     )
-    p.add_argument(
-        "--json", metavar="FILE", type=Path, help="write records there, one JSON line per case as it happens"
-    )
-    p.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=Path("verify-results"),
-        help="where failing cases go (default verify-results)",
-    )
-    p.add_argument(
-        "--replay",
-        metavar="FILE",
-        type=Path,
-        help="run one failing case again; name a foreign target on the command line too",
-    )
-    p.add_argument("--list", action="store_true", help="list implementations and properties")
-    p.add_argument(
-        "--explain", metavar="PROPERTY", help="equation, precondition, tolerance and the bugs that it would have caught"
-    )
-    p.add_argument("--self-test", action="store_true", help="judge the judge: every planted bug must be found")
-    return p
+
+
+def _add_files(p: argparse.ArgumentParser) -> None:
+    """Add what is read and written."""
+    p.add_argument("--config", metavar="FILE", help="judge one launch configuration: a JSON object of its fields")
+    records_help = "write records there, one JSON line per case as it happens"
+    p.add_argument("--json", metavar="FILE", type=Path, help=records_help)
+    out, out_help = Path("verify-results"), "where failing cases go (default verify-results)"
+    p.add_argument("--out", metavar="DIR", type=Path, default=out, help=out_help)
+    replay_help = "run one failing case again; name a foreign target on the command line too"
+    p.add_argument("--replay", metavar="FILE", type=Path, help=replay_help)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,13 +130,31 @@ def _command(args: argparse.Namespace, console: Console) -> int:
     if args.explain:
         return _explain(args.explain, console)
     if args.replay:
+        _alone(args, "replay", "targets")
         return _replay(args, console)
-    options = _options(args)
     if args.self_test:
+        _alone(args, "self_test", "seed", "json")
+        _check_files(args)
         from verify import selftest
 
-        return selftest.run(console, options.seed, options.json)
-    return _judge(options, console)
+        return selftest.run(console, args.seed, args.json)
+    return _judge(_options(args), console)
+
+
+def _alone(args: argparse.Namespace, mode: str, *taken: str) -> None:
+    """Refuse what a mode would leave unheard: every argument other than `mode` and `taken` that is not at its default.
+
+    An argument that repeats its default asks for what happens anyway.
+    """
+    defaults = vars(parser().parse_args([]))
+    given = [name for name, x in vars(args).items() if name not in (mode, *taken) and x != defaults[name]]
+    if given:
+        heard = " and ".join(map(_flag, taken))
+        raise UsageError(f"{_flag(mode)} goes together with {heard} only, not with {', '.join(map(_flag, given))}")
+
+
+def _flag(name: str) -> str:
+    return "TARGET" if name == "targets" else f"--{name.replace('_', '-')}"
 
 
 def _names(text: str | None, known: tuple[str, ...], what: str) -> tuple[str, ...]:
@@ -158,9 +173,11 @@ def _options(args: argparse.Namespace) -> Options:
     if kind not in ("cpu", "cuda", "interpret"):
         raise UsageError(f"--device must be cpu, cuda:N or interpret, got {args.device}")
     targets = _targets(args.targets, kind)
-    _check_files(args, targets)
+    _check_files(args)
+    _check_kinds(args, targets)
     return Options(
         targets=targets,
+        named=frozenset(args.targets),
         device=args.device,
         profile=args.profile,
         properties=_names(args.property, tuple(p.name for p in PROPERTIES), "property"),
@@ -174,12 +191,19 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
-def _check_files(args: argparse.Namespace, targets: tuple[str, ...]) -> None:
+def _check_kinds(args: argparse.Namespace, targets: tuple[str, ...]) -> None:
+    """Refuse a launch configuration of somebody else's kernel, and another contract than an implementation's own."""
+    foreign = [name for name in targets if ":" in name]
+    if args.config and foreign:
+        raise UsageError(f"--config is for implementations of the table, got {', '.join(foreign)}")
+    if args.contract and (own := [name for name in targets if ":" not in name]):
+        raise UsageError(f"--contract is for package.module:function; {', '.join(own)} has a contract of its own")
+
+
+def _check_files(args: argparse.Namespace) -> None:
     """Refuse files that could not be read or written, before a run of minutes depends on them."""
     if args.config and not Path(args.config).is_file():
         raise UsageError(f"--config {args.config}: no such file")
-    if args.config and (foreign := [name for name in targets if ":" in name]):
-        raise UsageError(f"--config is for implementations of the table, got {', '.join(foreign)}")
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out}: expected a folder")
     if args.json:
@@ -204,6 +228,8 @@ def _targets(asked: list[str], kind: str) -> tuple[str, ...]:
             raise UsageError(
                 f"unknown target {target}; known are {', '.join(sorted(known))}, all, cpu, or package.module:function"
             )
+        if ":" in (target or "") and not replay.TARGET.fullmatch(target):
+            raise UsageError(f"expected package.module:function, got {target}")
         names |= dict.fromkeys(chosen)
     return tuple(names)
 
@@ -230,7 +256,8 @@ def _judge(options: Options, console: Console) -> int:
             show(record)
 
         verdicts = list(session.run([[plan] for plan in plans], listen).values())
-    code = session.exit_code([v.code for v in verdicts])
+    heard = [v for v in verdicts if v.code != session.NOTHING or v.target in options.named]
+    code = session.exit_code([v.code for v in heard])
     _show(verdicts, options, console)
     if options.json:
         with options.json.open("a") as stream:
@@ -269,6 +296,8 @@ def _show(verdicts: list[session.Verdict], options: Options, console: Console) -
         if verdict.seen:
             console.print(display.counts(verdict, options.device), soft_wrap=True)
             console.print(display.terms(verdict), soft_wrap=True)
+        if verdict.done and verdict.done["not_asked"]:
+            console.print(display.not_asked(verdict), soft_wrap=True)
         if verdict.probes:
             console.print(display.contract(options.contract), soft_wrap=True)
         for line in display.probes(verdict):
@@ -322,7 +351,7 @@ def _replay(args: argparse.Namespace, console: Console) -> int:
         target=failure["target"],
         device=failure["device"],
         profile="quick",
-        dtypes=(),
+        dtypes=(failure["recipe"]["dtype"],),
         seed=0,
         examples=1,
         properties=(failure["property"].removesuffix(records.INFINITE),),
@@ -335,6 +364,8 @@ def _replay(args: argparse.Namespace, console: Console) -> int:
         console.print(display.broken(verdict), soft_wrap=True)
     for found in verdict.failures:
         console.print(display.failure(found, None), soft_wrap=True)
+    if verdict.code == session.NOTHING:
+        console.print(f"{failure['property']} has nothing to compare on this case now", soft_wrap=True)
     if verdict.code == session.PASS:
         console.print(f"pass: {failure['target']} :: {failure['property']} holds on this case now", soft_wrap=True)
     return verdict.code

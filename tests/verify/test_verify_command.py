@@ -153,34 +153,6 @@ def test_code_is_imported_only_when_it_is_named_on_the_command_line(case_file, c
     assert "broken_kernels:undecayed" in usage(capsys, "recurrent_torch", "--replay", case_file)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"inputs": "0123456789abcdef"}, "hash .*recorded 0123456789abcdef"),
-        ({"schema": 2}, "expected a failure record of schema version 1"),
-        ({"kind": "case"}, "expected a failure record"),
-        ({"property": "beauty"}, "unknown property beauty"),
-        ({"recipe": {"version": 7}}, "recipe: expected version 1, got 7"),
-        ({"contract": ...}, "lacks contract"),
-    ],
-    ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
-)
-def test_a_case_file_that_would_replay_something_else_is_refused(case_file, tmp_path, capsys, changes, message):
-    changed = {k: v for k, v in (json.loads(case_file.read_text()) | changes).items() if v is not ...}
-    path = tmp_path / "changed.json"
-    path.write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match=message):
-        raise ValueError(usage(capsys, "broken_kernels:undecayed", "--replay", path))
-
-
-@pytest.mark.parametrize("text", [None, "", "[]", "no JSON"])
-def test_a_file_that_is_no_case_is_refused(tmp_path, capsys, text):
-    path = tmp_path / "file.json"
-    if text is not None:
-        path.write_text(text)
-    assert "--replay" in usage(capsys, "--replay", path)
-
-
 def test_exit_code_2_in_one_line_without_a_traceback(command):
     ended = command("nonsense")
     assert ended.code == session.USAGE, ended
@@ -188,10 +160,17 @@ def test_exit_code_2_in_one_line_without_a_traceback(command):
     assert ended.err.count("\n") == 1
 
 
-def test_exit_code_2_a_target_that_does_not_import(worker_paths, folder, capsys):
-    assert main(["no_such_module:f", "--json", str(folder / "usage.jsonl")]) == session.USAGE
+@pytest.mark.parametrize(
+    "target, reason",
+    [
+        ("no_such_module:f", "No module named 'no_such_module'"),
+        ("raises_on_import:f", "raises_on_import:f: SystemExit"),
+    ],
+)
+def test_exit_code_2_a_target_that_does_not_import(worker_paths, folder, capsys, target, reason):
+    assert main([target, "--json", str(folder / "usage.jsonl")]) == session.USAGE
     shown = capsys.readouterr()
-    assert "No module named 'no_such_module'" in shown.out
+    assert reason in shown.out
     assert "Traceback" not in shown.out + shown.err
 
 
@@ -205,6 +184,15 @@ USAGE = [
     (["--max-examples", "0"], ["--max-examples must be at least 1, got 0"]),
     (["--json", "/proc/no/such"], ["--json /proc/no/such"]),
     (["--out", __file__], ["expected a folder"]),
+    (["a-b:f"], ["expected package.module:function, got a-b:f"]),
+    (["a:f:g"], ["expected package.module:function, got a:f:g"]),
+    (["--contract", "float32"], ["--contract is for package.module:function", "recurrent_torch, chunk_torch"]),
+    (["--contract", "float32", "chunk_torch"], ["--contract is for package.module:function; chunk_torch has"]),
+    (["--self-test", "chunk_torch"], ["--self-test goes together with --seed and --json only, not with TARGET"]),
+    (["--self-test", "--profile", "deep"], ["--self-test", "--profile"]),
+    (["--self-test", "--property", "split", "--dtype", "float32"], ["--self-test", "--property, --dtype"]),
+    (["--self-test", "--config", __file__], ["--self-test", "--config"]),
+    (["--replay", __file__, "--contract", "float32"], ["--replay goes together with TARGET only", "--contract"]),
     (["--explain", "beauty"], ["unknown property beauty", "causality"]),
 ]
 
@@ -229,6 +217,21 @@ def test_exit_code_3_where_nothing_in_the_table_runs(command):
     ended = command("--device", "interpret")
     assert ended.code == session.NOTHING, ended
     assert "nothing ran" in ended.out
+
+
+@pytest.mark.parametrize(
+    "named, code", [((), session.PASS), (("all",), session.PASS), (("recurrent_torch", "chunk_torch"), session.NOTHING)]
+)
+def test_exit_code_3_where_one_that_was_named_had_nothing_to_run(monkeypatch, named, code, capsys):
+    monkeypatch.setattr(session, "run", judge_here)
+    assert main([*named, "--property", "chunk_invariance", *SMOKE, "4"]) == code
+    assert "not asked: chunk_invariance (chunk_size not taken)" in capsys.readouterr().out
+
+
+def test_exit_code_1_a_kernel_that_raises_whatever_it_gets(monkeypatch, capsys):
+    monkeypatch.setattr(session, "run", judge_here)
+    assert main(["broken_kernels:raises_always", *SMOKE, "2"]) == session.FAILED
+    assert 'WRONG every dtype: RuntimeError: no kernel """ image' in capsys.readouterr().out
 
 
 @pytest.fixture
