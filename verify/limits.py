@@ -44,11 +44,12 @@ START = Limits(
 
 def limits_for(contract: PrecisionContract, dtype: str, conditioning: str) -> Limits:
     """Return the limits of a contract (operand > input dtype) and conditioning class; "any" where there is none."""
-    table = _load()["limits"]
+    table = load()["limits"]
     kind = f"{contract.operand}>{dtype}"
     return Limits(**table.get(f"{kind} {conditioning}", table[f"any {conditioning}"])["limits"])
 
 
 @functools.cache
-def _load() -> dict:
+def load() -> dict:
+    """Read limits.json."""
     return json.loads(FILE.read_text())

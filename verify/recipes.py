@@ -172,7 +172,7 @@ def _tokens(limit: int, more: tuple[int, ...]) -> st.SearchStrategy[int]:
 def recipes(draw, dtypes: tuple[str, ...], tokens: int, work: int, chunks: tuple[int, ...] = ()) -> Recipe:
     """Draw a recipe: dtype out of `dtypes`, chunk sizes out of `chunks` or the default.
 
-    A sequence has at most `tokens` tokens (half as many where up to four are packed), or one narrow head and one of TALL.
+    A sequence has at most `tokens` tokens, half as many where up to four are packed; or one of TALL and a narrow head.
     `work` bounds B*HV*T*K*V, the cost of a sequential pass: heads and batches shrink first, then the dimensions.
     """
     style = draw(st.sampled_from(STYLES))
