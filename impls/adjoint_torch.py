@@ -24,10 +24,12 @@ STATE_ELEMENTS = 2**23
 """How many elements the recomputed states of one segment may have: 32 MiB in float32."""
 
 
-def adjoint(q, k, v, g, beta, initial_state, cu_seqlens, scale, do, dS):
+def adjoint(q, k, v, g, beta, initial_state, cu_seqlens, scale, do, dS, launch):
     """Return the gradients of <do, o> + <dS, S_T> for q, k, v, g, beta and the initial state (empty where None).
 
     Shapes and dtypes are those of the inputs; do [B, T, HV, V] and dS [N, HV, K, V] count as zero where None.
+    launch, the configuration of the forward, is part of `register`'s backward and has no use here: token by token
+    there is no chunk to size, so the gradients are the same bits for every configuration.
     """
     (B, T, HV, V), H, K = v.shape, q.shape[2], q.shape[3]
     dtype, runs = compute_dtype(v), runs_of(B, T, bounds_of(cu_seqlens, T))

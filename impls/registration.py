@@ -77,7 +77,8 @@ def register(name: str, forward: Callable, backward: Callable) -> Callable:
     o [B, T, HV, V] in v's dtype, the final state [N, HV, K, V] in float32 (float64 for float64 inputs) and the
     states [B, NT, HV, K, V] that enter every `state_interval` tokens, in v's dtype; what was not asked for
     (output_final_state=False, state_interval=0) comes empty. backward(q, k, v, g, beta, initial_state, cu_seqlens,
-    scale, do, dS) returns the gradients of q, k, v, g, beta, and of the initial state (empty where there is none).
+    scale, do, dS, launch) returns the gradients of q, k, v, g, beta, and of the initial state (empty where there is
+    none). launch holds the numbers of the configuration: the backward is given those that the forward ran with.
     """
     forward, backward = _in_full_precision(forward), _in_full_precision(backward)
 
@@ -109,8 +110,9 @@ def register(name: str, forward: Callable, backward: Callable) -> Callable:
         scale: float,
         do: torch.Tensor | None,
         dS: torch.Tensor | None,
+        launch: Sequence[int],
     ) -> Tensors6:
-        return backward(q, k, v, g, beta, initial_state, cu_seqlens, scale, do, dS)
+        return backward(q, k, v, g, beta, initial_state, cu_seqlens, scale, do, dS, launch)
 
     op.register_fake(_fake_forward)
     op.register_autograd(_differentiate_with(backward_op), setup_context=_save)
@@ -125,22 +127,22 @@ def _fake_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_fin
     return v.new_empty(v.shape), v.new_empty(state, dtype=compute_dtype(v)), v.new_empty(kept)
 
 
-def _fake_backward(q, k, v, g, beta, initial_state, cu_seqlens, scale, do, dS):
+def _fake_backward(q, k, v, g, beta, initial_state, cu_seqlens, scale, do, dS, launch):
     dS0 = v.new_empty((0,)) if initial_state is None else initial_state.new_empty(initial_state.shape)
     return (*(x.new_empty(x.shape) for x in (q, k, v, g, beta)), dS0)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, *_ = inputs
+    q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, _, launch = inputs
     ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens)
     ctx.set_materialize_grads(False)
-    ctx.scale, ctx.has_final_state = scale, output_final_state
+    ctx.scale, ctx.has_final_state, ctx.launch = scale, output_final_state, launch
 
 
 def _differentiate_with(backward_op: Callable) -> Callable:
     def backward(ctx, do, dS, dh):
         saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
-        *gradients, dS0 = backward_op(*saved, ctx.scale, do, dS if ctx.has_final_state else None)
+        *gradients, dS0 = backward_op(*saved, ctx.scale, do, dS if ctx.has_final_state else None, ctx.launch)
         dS0 = None if saved[5] is None else dS0
         return (*gradients, dS0, None, None, None, None, None)
 

@@ -30,7 +30,7 @@ def forward(function, launch):
 
 
 def backward(inputs, S0):
-    return adjoint_torch.adjoint(*inputs, S0, None, 0.3, torch.ones_like(inputs[2]), S0)
+    return adjoint_torch.adjoint(*inputs, S0, None, 0.3, torch.ones_like(inputs[2]), S0, ())
 
 
 @pytest.mark.parametrize(
