@@ -47,6 +47,12 @@ def test_the_script_of_a_table_row_calls_that_row(tmp_path, target, monkeypatch)
     assert called == [target]
 
 
+@pytest.mark.parametrize("kernel, shown", [("state_forgotten", "got      None"), ("returns_o_only", "o\n  got      [")])
+def test_the_script_shows_what_is_no_pair_of_tensors(tmp_path, capsys, kernel, shown):
+    exec(made_script(tmp_path, target=f"broken_kernels:{kernel}"), {"__name__": "__main__"})
+    assert shown in capsys.readouterr().out
+
+
 HOSTILE = [
     '"""\nimport os',
     "\r\nraise SystemExit",
