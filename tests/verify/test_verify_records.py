@@ -23,7 +23,7 @@ def wrong(record: dict) -> list[str]:
 @pytest.fixture(scope="module")
 def lines(judged) -> list[dict]:
     """What workers write about a table row, a failing and a flaky kernel, with the schema version."""
-    targets = ("recurrent_torch", "broken_kernels:nan_at_minus_infinity", "broken_kernels:deaf_to_scale")
+    targets = ("recurrent_torch", "broken_kernels:undecayed", "broken_kernels:deaf_to_scale")
     found = [r for target in targets for r in judged(target, ("reference_forward", "causality"))]
     return [json.loads(records.line({"schema": records.SCHEMA, **r})) for r in found]
 

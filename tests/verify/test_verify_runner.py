@@ -26,7 +26,7 @@ def verdict(target: str, found: list[dict]) -> session.Verdict:
 
 SMALLEST = [
     ("wrong_from_sixth", "reference_forward", Recipe(T=6)),
-    ("wrong_second_column", "reference_forward", Recipe(T=0, V=2, state=True)),
+    ("wrong_second_column", "reference_forward", Recipe(T=1, V=2)),
     ("raises_on_three_tokens", "reference_forward", Recipe(T=3)),
     ("nan_at_minus_infinity", "reference_forward@-inf", Recipe(T=1, gates="resets_inf")),
     ("returns_o_only", "reference_forward", Recipe(T=1)),
@@ -44,10 +44,11 @@ def test_a_fault_is_caught_and_shrunk_to_the_smallest_case_that_shows_it(judged,
 
 
 @pytest.mark.parametrize("kernel, name", [("undecayed", "reference_forward"), ("future_leak", "causality")])
-def test_a_fault_shrinks_to_a_few_tokens_of_one_channel(judged, kernel, name):
+def test_a_fault_shrinks_to_a_few_tokens_of_one_or_two_channels(judged, kernel, name):
     recipe = from_json(failures(judged(f"broken_kernels:{kernel}", (name,)))[name]["recipe"])
     assert recipe.T <= 5
-    assert recipe.B == recipe.HV == recipe.K == recipe.V == 1
+    # unit queries of one channel are 1 or -1, and another case may have the same: a single one need not show a leak
+    assert recipe.B * recipe.HV * recipe.K * recipe.V <= 2
 
 
 def test_shrinking_stops_after_the_profiles_number_of_attempts(judged, monkeypatch):
