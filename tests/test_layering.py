@@ -36,7 +36,7 @@ LAYERS = {
 }
 IMPORTABLE_WITHOUT = {"kda_spec": ("torch", "triton"), "impls": ("triton",), "reports": ("triton",)}
 
-FILE_LINES, TRITON_FILE_LINES, FUNCTION_LINES = 400, 700, 60
+FILE_LINES, TRITON_FILE_LINES, FUNCTION_LINES = 400, 700, 40
 DRAWERS = ("utils.py", "common.py", "helpers.py")
 VERSION_SUFFIX = re.compile(r"_(v\d+|new|old)$")
 
@@ -285,7 +285,7 @@ def test_a_planted_eager_triton_is_found(tmp_path, file, source, found):
     ("file", "source", "judge", "found"),
     [
         ("impls/a.py", "x = 1\n" * 401, over_budget, "impls/a.py:1: 401 lines"),
-        ("impls/a.py", "\ndef f():\n" + "    x = 1\n" * 61, over_budget, "impls/a.py:2: f has 61 lines"),
+        ("impls/a.py", "\ndef f():\n" + "    x = 1\n" * 41, over_budget, "impls/a.py:2: f has 41 lines"),
         ("impls/a_triton.py", "x = 1\n" * 701, over_budget, "impls/a_triton.py:1: 701 lines"),
         ("impls/utils.py", "", poor_names, "impls/utils.py:1: a drawer"),
         ("impls/chunk_v2.py", "", poor_names, "impls/chunk_v2.py:1: the file's name"),
