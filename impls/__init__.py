@@ -3,13 +3,14 @@
 from impls.configs import ChunkTorchConfig
 from impls.contracts import PrecisionContract, unit_roundoff
 from impls.ops import chunk_kda, fused_recurrent_kda, kda
-from impls.table import IMPLEMENTATIONS, Impl, find
+from impls.table import IMPLEMENTATIONS, Impl, chosen, find
 
 __all__ = [
     "IMPLEMENTATIONS",
     "ChunkTorchConfig",
     "Impl",
     "PrecisionContract",
+    "chosen",
     "chunk_kda",
     "find",
     "fused_recurrent_kda",

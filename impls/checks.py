@@ -7,6 +7,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
 def _names(dtypes) -> str:
@@ -23,6 +24,12 @@ def _tensor(name: str, x) -> None:
 def _number(name: str, x) -> None:
     if not isinstance(x, int | float):
         raise TypeError(f"{name} must be a Python number, got {type(x).__name__}")
+
+
+def check_flag(name: str, x) -> None:
+    """Refuse what is neither True nor False nor None (which callers pass for False): TypeError."""
+    if x is not None and not isinstance(x, bool):
+        raise TypeError(f"{name} must be True or False, got {x!r}")
 
 
 def _shape(name: str, x: torch.Tensor, letters: str, expected: tuple[int, ...]) -> None:
@@ -164,12 +171,19 @@ def check_tangents(tensors) -> None:
         raise NotImplementedError("kda_forge ops have no forward-mode derivative, got inputs with tangents")
 
 
-def check_flags(use_beta_sigmoid_in_kernel: bool, allow_neg_eigval: bool) -> None:
-    """Refuse allow_neg_eigval without the sigmoid that it would scale."""
-    if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+def check_flags(**flags) -> None:
+    """Check flags by name; refuse allow_neg_eigval without the sigmoid that it would scale: ValueError."""
+    for name, x in flags.items():
+        check_flag(name, x)
+    if flags["allow_neg_eigval"] and not flags["use_beta_sigmoid_in_kernel"]:
         raise ValueError(
             "allow_neg_eigval=True requires use_beta_sigmoid_in_kernel=True, got use_beta_sigmoid_in_kernel=False"
         )
+
+
+def wants_gradient(tensors) -> bool:
+    """Tell whether autograd would differentiate by one of these; what is no tensor is left to the other checks."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
 def check_intermediate(return_intermediate_states: bool, state_interval: int, chunk_size: int, tensors) -> None:
@@ -180,7 +194,7 @@ def check_intermediate(return_intermediate_states: bool, state_interval: int, ch
         return
     if state_interval % chunk_size:
         raise ValueError(f"state_interval must be a multiple of the chunk size {chunk_size}, got {state_interval}")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if wants_gradient(tensors):
         raise ValueError(
             "return_intermediate_states=True needs torch.no_grad() or inference mode, got inputs that require grad"
         )

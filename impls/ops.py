@@ -1,10 +1,12 @@
 """The public ops, with flash-linear-attention's arguments in its order and with its meaning."""
 
+import inspect
 import warnings
 
 import torch
 
-from impls.table import find
+from impls import checks
+from impls.table import chosen, described, find
 
 DECODE_TOKENS = 16
 """Up to this many tokens the recurrent form is the faster one: a chunk is worked on whole."""
@@ -12,12 +14,13 @@ DECODE_TOKENS = 16
 
 def _renamed(state_v_first: bool, transpose_state_layout: bool | None) -> bool:
     """Return the state layout that was asked for, under its name or its old one (DeprecationWarning)."""
+    checks.check_flag("transpose_state_layout", transpose_state_layout)
     if transpose_state_layout is None:
         return state_v_first
     if state_v_first:
         raise ValueError("state_v_first and transpose_state_layout are the same argument: expected one, got both")
     if not torch.compiler.is_compiling():  # fullgraph has no warnings
-        warnings.warn("transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=3)
+        warnings.warn("transpose_state_layout is now called state_v_first", DeprecationWarning, stacklevel=4)
     return transpose_state_layout
 
 
@@ -28,10 +31,41 @@ def _refuse_elsewhere(cp_context, use_graph: bool, max_num_seqs: int | None) -> 
             "cp_context must be None: to split a sequence over devices pass each part's final_state on as the next "
             f"part's initial_state, got {type(cp_context).__name__}"
         )
+    checks.check_flag("use_graph", use_graph)
     if use_graph:
         raise ValueError("use_graph must be False: cu_seqlens is read on the host here, got use_graph=True")
     if max_num_seqs is not None:
         raise ValueError(f"max_num_seqs must be None without use_graph=True, got {max_num_seqs}")
+
+
+def _settled(
+    cp_context=None,
+    use_graph=False,
+    max_num_seqs=None,
+    disable_recompute=False,
+    state_v_first=False,
+    transpose_state_layout=None,
+    **keywords,
+) -> dict[str, object]:
+    """Return the keywords that `Impl.call` takes, without those that are refused, change nothing or are renamed."""
+    _refuse_elsewhere(cp_context, use_graph, max_num_seqs)
+    checks.check_flag("disable_recompute", disable_recompute)
+    return keywords | {"state_v_first": _renamed(state_v_first, transpose_state_layout)}
+
+
+def _run(form: str | None, q, k, v, g, beta, keywords: dict) -> tuple[torch.Tensor, ...]:
+    """Run the first implementation of this form that supports these inputs; of either form where None.
+
+    Packed sequences count with their sum: to look at each length would mean to wait for the device.
+    """
+    checks.check_inputs(q, k, v, g, beta)
+    chunk_size = keywords.get("chunk_size")
+    if form is None:
+        form = "recurrent" if chunk_size is None and q.shape[1] <= DECODE_TOKENS else "chunk"
+    others = (keywords.get(name) for name in ("initial_state", "A_log", "dt_bias"))
+    backward = checks.wants_gradient((q, k, v, g, beta, *others))
+    implementation = chosen(form=form, backward=backward, chunk_size=chunk_size, **described(q, v))
+    return implementation.load()(q, k, v, g, beta, **keywords)
 
 
 def chunk_kda(
@@ -61,14 +95,15 @@ def chunk_kda(
     A_log: torch.Tensor | None = None,
     dt_bias: torch.Tensor | None = None,
     chunk_size: int | None = None,
-    state_interval: int = 64,
+    state_interval: int | None = None,
     transpose_state_layout: bool | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Run Kimi Delta Attention chunk by chunk: for training and prefill.
 
         S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T,   o_t = scale * S_t^T q_t
 
-    K and V are independent, from 1 to 256; T = 0 and empty sequences pass the state through, as a copy.
+    K and V are independent, from 1 to 256; T = 0 and empty sequences pass the state through, as a copy. The first
+    implementation of the table that works in chunks and supports these inputs runs. Flags may be None, for False.
 
     Args:
         q, k: queries and keys [B, T, H, K], float64, float32, bfloat16 or float16.
@@ -86,13 +121,15 @@ def chunk_kda(
         lower_bound: negative, finite; see use_gate_in_kernel, without which it changes nothing.
         disable_recompute: accepted, changes nothing: the backward always recomputes.
         return_intermediate_states: also return the states that enter every `state_interval` tokens; not differentiable.
+            This differs from flash-linear-attention, which returns one per chunk: its NT counts chunks, ours intervals.
         state_v_first: states are [N, HV, V, K]; transpose_state_layout is the old name (DeprecationWarning).
         cu_seqlens: [N + 1] int64 or int32, rising from 0 to T: B = 1 and N sequences packed along T; cu_seqlens_cpu is
             its copy on the CPU.
         cp_context, use_graph, max_num_seqs: must keep their defaults.
         A_log: HV elements. dt_bias: HV * K elements.
         chunk_size: 16, 32, 64 or 128; None for the default.
-        state_interval: a multiple of the chunk size.
+        state_interval: tokens between intermediate states, a multiple of the chunk size; None for 64, or for the chunk
+            size where that is larger.
 
     Returns:
         o [B, T, HV, V] in q's dtype; the final state [N, HV, K, V] in float32 (float64 for float64 inputs) or None; and
@@ -103,13 +140,7 @@ def chunk_kda(
         double backward, forward-mode differentiation. ValueError: everything else, with what was expected and what
         came. Values of tensors are not checked, those of cu_seqlens excepted.
     """
-    _refuse_elsewhere(cp_context, use_graph, max_num_seqs)
-    return find("chunk_torch").call(
-        q,
-        k,
-        v,
-        g,
-        beta,
+    keywords = _settled(
         scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
@@ -119,15 +150,21 @@ def chunk_kda(
         allow_neg_eigval=allow_neg_eigval,
         safe_gate=safe_gate,
         lower_bound=lower_bound,
+        disable_recompute=disable_recompute,
         return_intermediate_states=return_intermediate_states,
-        state_v_first=_renamed(state_v_first, transpose_state_layout),
+        state_v_first=state_v_first,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
+        cp_context=cp_context,
+        use_graph=use_graph,
+        max_num_seqs=max_num_seqs,
         A_log=A_log,
         dt_bias=dt_bias,
         chunk_size=chunk_size,
         state_interval=state_interval,
+        transpose_state_layout=transpose_state_layout,
     )
+    return _run("chunk", q, k, v, g, beta, keywords)
 
 
 def fused_recurrent_kda(
@@ -155,12 +192,7 @@ def fused_recurrent_kda(
 
     Args, returns and raises are those of `chunk_kda`, in the order of flash-linear-attention's function of this name.
     """
-    return find("recurrent_torch").call(
-        q,
-        k,
-        v,
-        g,
-        beta,
+    keywords = _settled(
         A_log=A_log,
         dt_bias=dt_bias,
         scale=scale,
@@ -171,9 +203,15 @@ def fused_recurrent_kda(
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         allow_neg_eigval=allow_neg_eigval,
         lower_bound=lower_bound,
-        state_v_first=_renamed(state_v_first, transpose_state_layout),
+        state_v_first=state_v_first,
         cu_seqlens=cu_seqlens,
+        transpose_state_layout=transpose_state_layout,
     )
+    return _run("recurrent", q, k, v, g, beta, keywords)
+
+
+KEYWORDS = frozenset(inspect.signature(chunk_kda).parameters) - {"q", "k", "v", "g", "beta"}
+"""What `kda` takes by name, beside its own two."""
 
 
 def kda(
@@ -187,22 +225,20 @@ def kda(
     config: object | None = None,
     **keywords,
 ) -> tuple[torch.Tensor, ...]:
-    """Run Kimi Delta Attention with the implementation of that name, or with the one that fits these inputs.
+    """Run Kimi Delta Attention with the implementation of that name, or with the first that fits these inputs.
 
-    keywords: those of `chunk_kda` from scale to state_interval that `Impl.call` takes; an unknown one is a TypeError.
-    config: a launch configuration of the implementation, which must then be named. Raises KeyError for an unknown name,
-    ValueError for a config without a name, and what the implementation raises: there is no fallback.
+    Without a name up to DECODE_TOKENS tokens run token by token, unless a chunk_size is given, and more in chunks.
+    keywords: those of `chunk_kda` from scale onwards, with its meaning; an unknown one is a TypeError. config: a launch
+    configuration of the implementation, which must then be named. Raises KeyError for an unknown name, ValueError for a
+    config without a name and for inputs that nothing supports, with every reason, and what the implementation raises:
+    there is no fallback from the one that was named.
     """
-    if implementation is None:
-        if config is not None:
-            raise ValueError(f"implementation must be named where a config is given, got None and {config!r}")
-        implementation = chosen(q, keywords.get("chunk_size"))
-    return find(implementation).call(q, k, v, g, beta, config=config, **keywords)
-
-
-def chosen(q: torch.Tensor, chunk_size: int | None = None) -> str:
-    """Return the name of the implementation that `kda` takes for queries q [B, T, H, K] where none is named.
-
-    Packed sequences count with their sum: to look at each length would mean to wait for the device.
-    """
-    return "recurrent_torch" if chunk_size is None and q.shape[1] <= DECODE_TOKENS else "chunk_torch"
+    for name in keywords:
+        if name not in KEYWORDS:
+            raise TypeError(f"kda() got an unexpected keyword argument {name!r}")
+    keywords = _settled(**keywords)
+    if implementation is not None:
+        return find(implementation).call(q, k, v, g, beta, config=config, **keywords)
+    if config is not None:
+        raise ValueError(f"implementation must be named where a config is given, got None and {config!r}")
+    return _run(None, q, k, v, g, beta, keywords)

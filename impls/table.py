@@ -2,20 +2,27 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
-from impls.checks import MAX_HEAD_DIM
+from impls.checks import DTYPE_NAMES, MAX_HEAD_DIM, check_inputs
 from impls.configs import CHUNK_SIZES, ChunkTorchConfig
 from impls.contracts import BITWISE_CLAIMS, PrecisionContract, at_least_float32
 
 
 @dataclass(frozen=True)
 class Impl:
-    """Describe one implementation, without importing it: `load` does that."""
+    """Describe one implementation, without importing it: `load` does that. Rows can be pickled."""
 
     name: str
     summary: str
+    form: Literal["chunk", "recurrent"]
+    """Whether it computes chunk by chunk or token by token: which of the public ops may choose it."""
     load: Callable[[], Callable]
-    """Import the implementation and return its function: (q, k, v, g, beta, *, config=None, **keywords) -> results."""
+    """Import the implementation and return its function: (q, k, v, g, beta, *, config=None, **keywords) -> results.
+
+    The function relies on q to beta having passed `checks.check_inputs`, and on `supports`.
+    """
     contract: Callable[[str], PrecisionContract]
     """Return what is rounded how, for inputs of the named dtype."""
     devices: tuple[str, ...]
@@ -31,12 +38,17 @@ class Impl:
 
         `keywords` are those of `impls.chunk_kda` by name, A_log, dt_bias, chunk_size and state_interval among them; an
         unknown one is a TypeError. `config` is a launch configuration of this implementation, None for its default.
+        Raises ValueError with the reason for a device, dtype or size that it does not support.
         """
+        check_inputs(q, k, v, g, beta)
+        if reason := self.supports(**described(q, v)):
+            raise ValueError(reason)
         return self.load()(q, k, v, g, beta, config=config, **keywords)
 
     def supports(
         self,
         *,
+        form: str | None = None,
         device: str = "cpu",
         dtype: str = "float32",
         K: int = 1,
@@ -45,6 +57,8 @@ class Impl:
         chunk_size: int | None = None,
     ) -> str | None:
         """Return None where it covers these inputs, otherwise the reason why it does not."""
+        if form not in (None, self.form):
+            return f"{self.name} is of the form {self.form}, not {form}"
         if device.split(":")[0] not in self.devices:
             return f"{self.name} runs on {', '.join(self.devices)}, not on {device}"
         if dtype not in self.dtypes:
@@ -72,12 +86,14 @@ def _chunk_torch() -> Callable:
 
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
+# Of several rows that support the same inputs the first is chosen.
 IMPLEMENTATIONS: tuple[Impl, ...] = (
     Impl(
         name="recurrent_torch",
-        summary="token by token in torch; the decode step",
+        summary="token by token in torch; the decode step; cuda not measured",
+        form="recurrent",
         load=_recurrent_torch,
-        contract=lambda dtype: at_least_float32(dtype, bitwise=BITWISE_CLAIMS),
+        contract=partial(at_least_float32, bitwise=BITWISE_CLAIMS),
         devices=("cpu", "cuda"),
         dtypes=_FLOATS,
         backward=True,
@@ -85,9 +101,10 @@ IMPLEMENTATIONS: tuple[Impl, ...] = (
     ),
     Impl(
         name="chunk_torch",
-        summary="chunk by chunk in torch, in the tree form; eager or compiled",
+        summary="chunk by chunk in torch, in the tree form; eager or compiled; cuda not measured",
+        form="chunk",
         load=_chunk_torch,
-        contract=lambda dtype: at_least_float32(dtype, bitwise=BITWISE_CLAIMS - {"value_slices", "split"}),
+        contract=partial(at_least_float32, bitwise=BITWISE_CLAIMS - {"value_slices", "split"}),
         devices=("cpu", "cuda"),
         dtypes=_FLOATS,
         backward=True,
@@ -103,3 +120,22 @@ def find(name: str) -> Impl:
         if implementation.name == name:
             return implementation
     raise KeyError(f"unknown implementation {name!r}; known: {', '.join(i.name for i in IMPLEMENTATIONS)}")
+
+
+def described(q, v) -> dict[str, object]:
+    """Say what kind of inputs q [B, T, H, K] and v [B, T, HV, V] are, in the keywords of `Impl.supports`."""
+    return {"device": q.device.type, "dtype": DTYPE_NAMES[q.dtype], "K": q.shape[3], "V": v.shape[3]}
+
+
+def chosen(**asked) -> Impl:
+    """Return the first implementation of the table that supports what is asked: keywords as in `Impl.supports`.
+
+    Raises ValueError with the reason of every row where none does.
+    """
+    reasons = []
+    for implementation in IMPLEMENTATIONS:
+        reason = implementation.supports(**asked)
+        if reason is None:
+            return implementation
+        reasons.append(reason)
+    raise ValueError(f"no implementation supports these inputs: {'; '.join(reasons)}")

@@ -1,15 +1,17 @@
 """Bad calls are refused at the edge, with the argument's name, what was expected and what came."""
 
 import inspect
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import impls
-from impls import ChunkTorchConfig, chunk_kda, find, fused_recurrent_kda, kda
+from impls import ChunkTorchConfig, chosen, chunk_kda, find, fused_recurrent_kda, kda, table
 from impls.configs import invalid
 from impls.contracts import PrecisionContract, unit_roundoff
 
@@ -34,6 +36,7 @@ def packed(*bounds, **changes):
 
 
 GATE = {"use_gate_in_kernel": True}
+META = {name: x.to("meta") for name, x in good().items()}
 CHUNKED = find("chunk_torch").call
 
 BAD = [
@@ -97,7 +100,8 @@ BAD = [
     (chunk_kda, good(lower_bound=0.5, **GATE), ValueError, "lower_bound must be negative and finite, got 0.5"),
     (chunk_kda, good(lower_bound=-torch.inf, **GATE), ValueError, "lower_bound must be negative and finite, got -inf"),
     (chunk_kda, good(allow_neg_eigval=True), ValueError, "requires use_beta_sigmoid_in_kernel=True"),
-    (chunk_kda, good(chunk_size=48), ValueError, "chunk_size must be one of (16, 32, 64, 128), got 48"),
+    (chunk_kda, good(chunk_size=48), ValueError, "chunk_torch takes chunk sizes (16, 32, 64, 128), not 48"),
+    (CHUNKED, good(chunk_size=48), ValueError, "chunk_size must be one of (16, 32, 64, 128), got 48"),
     (chunk_kda, good(chunk_size=32.0), ValueError, "chunk_size must be an int, got 32.0"),
     (chunk_kda, good(cp_context=object()), ValueError, "pass each part's final_state on"),
     (chunk_kda, good(use_graph=True), ValueError, "use_graph must be False: cu_seqlens is read on the host"),
@@ -118,7 +122,19 @@ BAD = [
     ),
     (chunk_kda, good(scales=1.0), TypeError, "scales"),
     (fused_recurrent_kda, good(chunk_size=16), TypeError, "chunk_size"),
-    (kda, good(scales=1.0), TypeError, "scales"),
+    (kda, good(scales=1.0), TypeError, "kda() got an unexpected keyword argument 'scales'"),
+    (kda, good(launch=()), TypeError, "kda() got an unexpected keyword argument 'launch'"),
+    (
+        kda,
+        good(op=None, implementation="chunk_torch"),
+        TypeError,
+        "kda() got an unexpected keyword argument 'op'",
+    ),
+    (kda, good(use_graph=True, implementation="chunk_torch"), ValueError, "use_graph must be False"),
+    (chunk_kda, META, ValueError, "chunk_torch runs on cpu, cuda, not on meta"),
+    (fused_recurrent_kda, META, ValueError, "recurrent_torch runs on cpu, cuda, not on meta"),
+    (kda, META, ValueError, "recurrent_torch runs on cpu, cuda, not on meta; chunk_torch is of the form chunk"),
+    (CHUNKED, META, ValueError, "chunk_torch runs on cpu, cuda, not on meta"),
     (kda, good(implementation="chunk_tritn"), KeyError, "known: recurrent_torch, chunk_torch"),
     (kda, good(config=ChunkTorchConfig()), ValueError, "implementation must be named where a config is given"),
     (
@@ -160,11 +176,37 @@ def test_positional_arguments_stand_in_the_order_of_fla_0_6(function, names):
     assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == names.split()
 
 
-def test_the_old_name_of_the_state_layout_works_and_warns(draw):
+FLAGS = [p.name for p in inspect.signature(chunk_kda).parameters.values() if p.annotation in (bool, bool | None)]
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags_are_true_or_false_and_none_counts_as_false(draw, flag):
+    inputs = draw(1, 20, 1, 1, 3, 2)
+    takers = [kda, *(f for f in (chunk_kda, fused_recurrent_kda) if flag in inspect.signature(f).parameters)]
+    for function in takers:
+        for wrong in (1, "yes", torch.tensor(True)):
+            with pytest.raises(TypeError, match=f"^{flag} must be True or False, got "):
+                function(*inputs, **{flag: wrong})
+        (o, S), (expected, _) = function(*inputs, **{flag: None}), function(*inputs)
+        assert torch.equal(o, expected) and S is None
+
+
+def test_kda_takes_every_keyword_of_chunk_kda(draw):
+    inputs = draw(1, 20, 1, 1, 3, 2)
+    parameters = inspect.signature(chunk_kda).parameters.values()
+    keywords = {p.name: p.default for p in parameters if p.default is not p.empty}
+    assert torch.equal(kda(*inputs, **keywords)[0], chunk_kda(*inputs)[0])
+    with pytest.warns(DeprecationWarning, match="state_v_first"):
+        _, S = kda(*inputs, output_final_state=True, disable_recompute=True, transpose_state_layout=True)
+    assert S.shape == (1, 1, 2, 3)
+
+
+def test_the_old_name_of_the_state_layout_works_and_warns_where_it_is_used(draw):
     inputs = draw(1, 4, 1, 1, 3, 2)
-    for function in (chunk_kda, fused_recurrent_kda):
-        with pytest.warns(DeprecationWarning, match="state_v_first"):
+    for function in (chunk_kda, fused_recurrent_kda, kda):
+        with pytest.warns(DeprecationWarning, match="state_v_first") as warned:
             _, S = function(*inputs, output_final_state=True, transpose_state_layout=True)
+        assert warned[0].filename == __file__
         assert torch.equal(S, function(*inputs, output_final_state=True, state_v_first=True)[1])
 
 
@@ -179,6 +221,8 @@ def test_accepted_flags_change_nothing(draw):
     [
         ({}, None),
         ({"device": "cuda:1", "dtype": "bfloat16", "K": 256, "V": 1, "backward": True, "chunk_size": 64}, None),
+        ({"form": "chunk"}, None),
+        ({"form": "recurrent"}, "is of the form chunk, not recurrent"),
         ({"device": "xpu"}, "runs on cpu, cuda, not on xpu"),
         ({"dtype": "int8"}, "takes float64, float32, bfloat16, float16, not int8"),
         ({"K": 257}, "takes K and V from 1 to 256, not K = 257, V = 1"),
@@ -190,11 +234,47 @@ def test_the_table_says_what_is_supported_or_why_not(asked, reason):
     assert said is None if reason is None else said == f"chunk_torch {reason}"
 
 
-def test_kda_takes_the_recurrence_for_few_tokens_and_chunks_for_many():
-    from impls.ops import chosen
+@pytest.fixture
+def ran(monkeypatch):
+    """Return the names of the rows that ran, of a table where a narrow row stands before the other of each form."""
+    names = []
 
-    assert [chosen(torch.zeros(1, T, 1, 1)) for T in (0, 16, 17)] == ["recurrent_torch"] * 2 + ["chunk_torch"]
-    assert chosen(torch.zeros(1, 1, 1, 1), chunk_size=16) == "chunk_torch"
+    def noted(row):
+        def load():
+            names.append(row.name)
+            return row.load()
+
+        return replace(row, load=load)
+
+    rows = impls.IMPLEMENTATIONS
+    first = [replace(row, name=f"narrow_{row.form}", dtypes=("float32",), backward=False) for row in rows]
+    monkeypatch.setattr(table, "IMPLEMENTATIONS", tuple(noted(row) for row in (*first, *rows)))
+    return names
+
+
+def test_the_public_ops_take_the_first_row_that_supports_the_inputs(draw, ran):
+    few, many = draw(1, 16, 1, 1, 3, 2), draw(1, 17, 1, 1, 3, 2)
+    kda(*few), kda(*many), kda(*few, chunk_size=16), chunk_kda(*few), fused_recurrent_kda(*many)
+    assert ran == [f"narrow_{form}" for form in ("recurrent", "chunk", "chunk", "chunk", "recurrent")]
+    ran.clear()
+    wide, A_log = [x.double() for x in few], torch.zeros(1, requires_grad=True)
+    kda(*wide), chunk_kda(*many, A_log=A_log, use_gate_in_kernel=True), kda(*many, implementation="chunk_torch")
+    assert ran == ["recurrent_torch", "chunk_torch", "chunk_torch"]
+
+
+def test_where_no_row_supports_the_inputs_every_one_says_why():
+    with pytest.raises(ValueError) as raised:
+        chosen(form="chunk", dtype="int8")
+    reasons = "; ".join(row.supports(form="chunk", dtype="int8") for row in impls.IMPLEMENTATIONS)
+    assert str(raised.value) == f"no implementation supports these inputs: {reasons}"
+    assert chosen(form="chunk", device="cuda") is find("chunk_torch")
+
+
+@pytest.mark.parametrize("row", impls.IMPLEMENTATIONS, ids=lambda row: row.name)
+def test_rows_survive_pickling(row):
+    copy = pickle.loads(pickle.dumps(row))
+    assert replace(copy, contract=row.contract) == row
+    assert copy.contract("bfloat16") == row.contract("bfloat16")
 
 
 @pytest.mark.parametrize(

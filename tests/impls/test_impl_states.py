@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from impls import IMPLEMENTATIONS, kda
+from impls import IMPLEMENTATIONS, chunk_kda, kda
 
 NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
 
@@ -64,6 +64,12 @@ def test_intermediate_states_are_those_of_runs_cut_there(draw, draw_state, name,
 def test_an_empty_batch_has_as_many_intermediate_states_as_a_full_one(draw, name):
     _, _, h = kda(*draw(0, 130, 1, 2, 6, 9), implementation=name, return_intermediate_states=True)
     assert h.shape == (0, 3, 2, 6, 9)
+
+
+@pytest.mark.parametrize("C, kept", [(None, 5), (16, 5), (64, 5), (128, 3)])
+def test_without_an_interval_states_are_64_tokens_or_a_longer_chunk_apart(draw, C, kept):
+    _, _, h = chunk_kda(*draw(1, 300, 1, 2, 6, 9), chunk_size=C, return_intermediate_states=True)
+    assert h.shape == (1, kept, 2, 6, 9)
 
 
 @pytest.mark.parametrize("name", NAMES)
