@@ -248,15 +248,13 @@ def _sum_of_parts(
     yield from trial.judge({name: a[name] + b[name] for name in a}, trial.yard.exact, together)
 
 
-@claim("tolerance", plain)
+@claim("tolerance", every(plain, takes("scale")))
 def padding(trial: Trial) -> Iterable[Measure]:
     """Key channels where q and k are zero, whatever their gates, and value channels of zero, leave the rest alone.
 
     Would have caught: FLA #1135 (loads past K), norms and scales taken over the padded size.
     """
     case, dice = trial.case.but(scale=trial.case.inputs().resolved_scale), trial.dice("padding")
-    if "scale" in trial.target.refused:
-        return
     wide = {
         name: np.concatenate([getattr(case, name), np.zeros((*getattr(case, name).shape[:-1], 3))], axis=-1)
         for name in ("q", "k", "v", "do")
