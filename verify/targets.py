@@ -142,7 +142,7 @@ def call(
     target: Target,
     case: Case,
     backward: bool = False,
-    rearrange: Callable | None = None,
+    rearrange: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
     final_state: bool = True,
     state_v_first: bool = False,
     do: bool = True,
@@ -150,14 +150,13 @@ def call(
 ) -> Result:
     """Run a target on a case.
 
-    `rearrange` maps each input tensor to an equal one with another layout. `do` and `dS` False leave that gradient out.
+    `rearrange` maps each input tensor, and do and dS, to an equal one with another layout. `do` and `dS` False leave
+    that gradient out.
     Raises whatever the target raises; Malformed if it returns something other than (o, final_state).
     """
     tensors, keywords = arguments(case, target, state_v_first)
-    if rearrange is not None:
-        tensors = {name: rearrange(x) for name, x in tensors.items()}
-    leaves = {name: x.detach().requires_grad_(backward) for name, x in tensors.items()}
-    return call_tensors(target, case, leaves, keywords, backward, final_state, state_v_first, do, dS)
+    leaves = {name: rearrange(x).detach().requires_grad_(backward) for name, x in tensors.items()}
+    return call_tensors(target, case, leaves, keywords, backward, final_state, state_v_first, do, dS, rearrange)
 
 
 def call_tensors(
@@ -170,6 +169,7 @@ def call_tensors(
     state_v_first: bool = False,
     do: bool = True,
     dS: bool = True,
+    rearrange: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
 ) -> Result:
     """Run a target on given tensors: the part of `call` after they are made."""
     positional = [leaves[name] for name in ("q", "k", "v", "g", "beta")]
@@ -177,7 +177,8 @@ def call_tensors(
     with poisoned_allocations(), torch.set_grad_enabled(backward):
         returned = target.function(*positional, **named, **keywords, output_final_state=final_state)
         o, S = _unpack(returned, final_state)
-        grads = _gradients(case, leaves, o, S, do, dS, target.device, state_v_first) if backward else {}
+        starts = _starts(case, o, S, do, dS, target.device, state_v_first) if backward else []
+        grads = _gradients(case, leaves, [(x, rearrange(start)) for x, start in starts]) if backward else {}
     S = None if S is None else S.detach()
     if state_v_first:
         S = None if S is None else S.transpose(-1, -2)
@@ -196,26 +197,22 @@ def _unpack(returned: object, final_state: bool) -> tuple[torch.Tensor, torch.Te
     return returned
 
 
-def _gradients(
-    case: Case,
-    leaves: dict,
-    o: torch.Tensor,
-    S: torch.Tensor | None,
-    do: bool,
-    dS: bool,
-    device: str,
-    state_v_first: bool,
-) -> dict[str, torch.Tensor]:
-    names = {"initial_state": "dS0"}
-    wanted = {names.get(name, f"d{name}"): x for name, x in leaves.items()}
-    outputs, starts = [], []
-    if do:
-        outputs, starts = [o], [guarded(case.do, case.dtype, device).to(o.dtype)]
+def _starts(
+    case: Case, o: torch.Tensor, S: torch.Tensor | None, do: bool, dS: bool, device: str, state_v_first: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pair the outputs with the gradients that a backward starts from."""
+    starts = [(o, guarded(case.do, case.dtype, device).to(o.dtype))] if do else []
     if dS and S is not None:
         start = np.swapaxes(case.dS, -1, -2) if state_v_first else case.dS
-        outputs.append(S)
-        starts.append(guarded(start, case.state_dtype, device).to(S.dtype))
-    found = torch.autograd.grad(outputs, list(wanted.values()), starts, allow_unused=True)
+        starts.append((S, guarded(start, case.state_dtype, device).to(S.dtype)))
+    return starts
+
+
+def _gradients(case: Case, leaves: dict, starts: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    names = {"initial_state": "dS0"}
+    wanted = {names.get(name, f"d{name}"): x for name, x in leaves.items()}
+    outputs, given = zip(*starts, strict=True)
+    found = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True)
     grads = {name: x.new_zeros(x.shape) if d is None else d for (name, x), d in zip(wanted.items(), found, strict=True)}
     if "ddt_bias" in grads:
         grads["ddt_bias"] = grads["ddt_bias"].reshape(case.HV, case.K)

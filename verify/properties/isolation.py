@@ -157,7 +157,9 @@ def _offset(x: torch.Tensor) -> torch.Tensor:
 
 @claim("tolerance", every(tokens, takes("strided inputs")))
 def layouts(trial: Trial) -> Iterable[Measure]:
-    """Strided, transposed and offset views give what contiguous tensors give; bitwise where the contract claims it.
+    """Strided, transposed and offset views, of do and dS_T too, give what contiguous tensors give.
+
+    Bitwise where the contract claims it.
 
     Would have caught: FLA #871, #1139, #627 (gates assumed contiguous), ATOM #1842 (stride-blind underneath).
     """
