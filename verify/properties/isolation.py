@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from verify.cases import Case
-from verify.claims import claim, every, takes, tokens, unpacked
+from verify.claims import claim, every, gradients, takes, tokens, unpacked
 from verify.families import materialise
 from verify.targets import arguments, call_tensors
 from verify.trial import Measure, Trial, blame, same_bits
@@ -201,7 +201,7 @@ def purity(trial: Trial) -> Iterable[Measure]:
     Would have caught: onnxruntime #32166 (aliased continuation state), an op that destroys v, triton #6547 (updates
     applied twice).
     """
-    for backward in (False, True)[: 1 + trial.differentiable]:
+    for backward in (False, True)[: 1 + gradients(trial)]:
         tensors, keywords = arguments(trial.case, trial.target)
         watched = tensors | {name: x for name, x in keywords.items() if isinstance(x, torch.Tensor)}
         before = {name: _storage(x).clone() for name, x in watched.items()}
