@@ -71,7 +71,8 @@ def backward(q, k, v, g, beta, scale: float, do, dS, sizes: dict[str, np.ndarray
         later = later + read + norm * b * side * (u + norm * held)
         out["dg"][..., t] = np.maximum(erased * (error * held + side * lost), later)
         D = alpha[..., t, :, None] * (D - row.swapaxes(-1, -2) * (b[..., None, None] * (row @ D)))
-        f = np.max(alpha[..., t, :], axis=-1, keepdims=True) * (f + (1 + length * b * norm * norm)[..., None] * d)
+        most, blur = np.max(alpha[..., t, :], axis=-1, keepdims=True), _blur(alpha[..., t, :], g[..., t, :])
+        f = most * (f + (1 + length * b * norm * norm)[..., None] * d) + blur * erased[..., None] * d
     return out | {"dS0": f + np.linalg.norm(D, axis=-2)}
 
 
