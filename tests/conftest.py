@@ -1,8 +1,12 @@
-"""Settings that every test shares: one torch thread per worker, and Hypothesis without chance, clock or memory."""
+"""Settings that every test shares: one torch thread per worker, Hypothesis without chance, clock or memory, and
+Triton's interpreter, since no test needs a GPU: what compiles does so in a child process without the variable."""
 
 import importlib.util
+import os
 
 from hypothesis import settings
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if importlib.util.find_spec("torch"):
     import torch

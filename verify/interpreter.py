@@ -1,0 +1,192 @@
+"""Mend bfloat16 in Triton's interpreter, which keeps its numbers as 16-bit patterns and computes with the patterns.
+
+Found in Triton 3.6.0, 3.7.1 and 3.9.0: `tl.dot`, arithmetic, comparisons, sums and scans take a pattern for an integer;
+float32 to bfloat16 truncates (a NaN may become an infinity), integers become patterns as they are; a constant that is
+not 0 raises before 3.9.
+
+Mended: an elementwise operation rounds once to nearest even, a product of matrices has exact operands and float32 sums,
+a reduction or scan by a sum, product, minimum or maximum rounds once at its end (compiled code rounds every step).
+Atomic sums raise. Not mended: block pointers that pad with NaN read zeros. Types other than bfloat16 are left alone:
+float16 and float32 round to nearest even as they are.
+
+The interpreter shows neither races, nor miscompiles, nor tf32.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+
+import numpy as np
+
+MISSING = "triton is not installed (pip install triton)"
+MARK = "_mended_bfloat16"
+
+
+def installed() -> bool:
+    """Tell whether there is a Triton to interpret with, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def repair() -> None:
+    """Mend the interpreter of this process; a second call changes nothing.
+
+    Raises RuntimeError where Triton is missing or was imported to compile, or where this version lacks a part that is
+    to be replaced.
+    """
+    if not installed():
+        raise RuntimeError(MISSING)
+    import triton
+    from triton.language.standard import _sum_combine
+    from triton.runtime import interpreter
+
+    if not isinstance(_sum_combine, interpreter.InterpretedFunction):
+        raise RuntimeError("triton was imported without TRITON_INTERPRET=1 in the environment: it compiles")
+    if hasattr(interpreter, MARK):
+        return
+    parts = [(owner, name, mend) for owner, name, mend in _MENDED if not hasattr(getattr(interpreter, owner, 0), name)]
+    if parts:
+        names = ", ".join(f"{owner}.{name}" for owner, name, _ in parts)
+        raise RuntimeError(f"triton {triton.__version__} has an interpreter without {names}: bfloat16 is not mended")
+    for owner, name, mend in _MENDED:
+        whole = getattr(interpreter, owner)
+        original = getattr(whole, name)
+        setattr(whole, name, functools.wraps(original)(mend(original, interpreter)))
+    interpreter.InterpreterBuilder.get_bf16 = lambda self, value: self.cast_impl(
+        self.get_fp64(value), interpreter.tl.bfloat16
+    )
+    setattr(interpreter, MARK, True)
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """Return the float32 values of bfloat16 patterns (uint16)."""
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(x: np.ndarray) -> np.ndarray:
+    """Round numbers or truth values to bfloat16, nearest even, and return the patterns (uint16); a NaN stays one."""
+    x = np.asarray(x)
+    bits = (x if x.dtype == np.float32 else _odd(x.astype(np.float64))).view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(x), bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+def _odd(x: np.ndarray) -> np.ndarray:
+    """Round float64 to float32, inexact numbers to the neighbour with an odd pattern, so that a second rounding is
+    right."""
+    with np.errstate(over="ignore"):
+        near = x.astype(np.float32)
+    beyond = np.abs(near.astype(np.float64)) > np.abs(x)
+    bits = near.view(np.uint32) - beyond
+    inexact = ~np.isnan(x) & (bits.view(np.float32).astype(np.float64) != x)
+    return (bits | inexact).astype(np.uint32).view(np.float32)
+
+
+def _patterns(handle, tl: ModuleType) -> bool:
+    """True if a handle holds bfloat16 patterns (and not the truth values of a comparison)."""
+    return handle.data.dtype == np.uint16 and handle.dtype.scalar == tl.bfloat16
+
+
+def _value(handle, tl: ModuleType) -> np.ndarray:
+    return widen(handle.data) if _patterns(handle, tl) else handle.data
+
+
+def _elementwise(original: Callable, interpreter: ModuleType) -> Callable:
+    """Mend `binary_op` and `unary_op`: (builder, operands..., NumPy's function)."""
+    tl, handle = interpreter.tl, interpreter.TensorHandle
+
+    def mended(self, *operands_and_op):
+        *operands, op = operands_and_op
+        if not any(_patterns(x, tl) for x in operands):
+            return original(self, *operands_and_op)
+        result = op(*(_value(x, tl) for x in operands))
+        return handle(result, tl.int1) if result.dtype == bool else handle(narrow(result), tl.bfloat16)
+
+    return mended
+
+
+def _fma(original: Callable, interpreter: ModuleType) -> Callable:
+    """Mend x * y + z: a product of bfloat16 is exact in float64."""
+    tl = interpreter.tl
+
+    def mended(self, x, y, z):
+        if not _patterns(z, tl):
+            return original(self, x, y, z)
+        wide = [_value(operand, tl).astype(np.float64) for operand in (x, y, z)]
+        return interpreter.TensorHandle(narrow(wide[0] * wide[1] + wide[2]), tl.bfloat16)
+
+    return mended
+
+
+def _dot(original: Callable, interpreter: ModuleType) -> Callable:
+    """Mend a product of matrices: the operands' values instead of their patterns."""
+    tl = interpreter.tl
+
+    def valued(x):
+        return interpreter.TensorHandle(_value(x, tl), tl.float32) if _patterns(x, tl) else x
+
+    def mended(self, a, b, *accumulator_and_how):
+        return original(self, valued(a), valued(b), *accumulator_and_how)
+
+    return mended
+
+
+def _cast(original: Callable, interpreter: ModuleType) -> Callable:
+    """Mend casts from and to bfloat16."""
+    tl = interpreter.tl
+
+    def mended(self, src, dst_type):
+        if dst_type.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(narrow(_value(src, tl)), tl.bfloat16)
+        if _patterns(src, tl):
+            src = interpreter.TensorHandle(_value(src, tl), tl.float32)
+        return original(self, src, dst_type)
+
+    return mended
+
+
+def _reduction(original: Callable, interpreter: ModuleType) -> Callable:
+    """Mend a reduction or scan that NumPy computes: in float32, each result rounded to bfloat16 at the end."""
+    tl = interpreter.tl
+
+    def cast(x, dtype):
+        data = widen(x.handle.data) if dtype == tl.float32 else narrow(x.handle.data)
+        kind = tl.block_type(dtype, x.type.shape) if x.type.is_block() else dtype
+        return tl.core.tensor(interpreter.TensorHandle(data, dtype), kind)
+
+    def back(x):
+        return cast(x, tl.bfloat16) if x.dtype == tl.float32 else x
+
+    def mended(self, x, *how, **named):
+        if x.dtype != tl.bfloat16:
+            return original(self, x, *how, **named)
+        result = original(self, cast(x, tl.float32), *how, **named)
+        return type(result)(map(back, result)) if isinstance(result, tuple | list) else back(result)
+
+    return mended
+
+
+def _atomic(original: Callable, interpreter: ModuleType) -> Callable:
+    """Refuse what would add patterns."""
+
+    def mended(self, operation, pointer, value, *how):
+        if _patterns(value, interpreter.tl):
+            raise NotImplementedError("atomic operations on bfloat16 are wrong in Triton's interpreter, and not mended")
+        return original(self, operation, pointer, value, *how)
+
+    return mended
+
+
+_MENDED = (
+    ("InterpreterBuilder", "binary_op", _elementwise),
+    ("InterpreterBuilder", "unary_op", _elementwise),
+    ("InterpreterBuilder", "create_fma", _fma),
+    ("InterpreterBuilder", "create_dot", _dot),
+    ("InterpreterBuilder", "cast_impl", _cast),
+    ("InterpreterBuilder", "create_atomic_rmw", _atomic),
+    ("ReduceOps", "sum", _reduction),
+    ("ReduceOps", "min_max", _reduction),
+    ("ScanOps", "cumsum", _reduction),
+    ("ScanOps", "cumprod", _reduction),
+)
+"""What is replaced: the class in triton.runtime.interpreter, the method, and what makes the mended one."""
