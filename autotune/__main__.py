@@ -1,0 +1,48 @@
+"""Time implementations of Kimi Delta Attention on one device."""
+
+import argparse
+import sys
+import traceback
+
+from autotune import bench
+from autotune.outcomes import CRASH, INTERRUPTED, USAGE, UsageError
+
+COMMANDS = {"bench": bench}
+"""Modules with SUMMARY, configure(parser) and run(arguments) -> exit code."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m autotune",
+        description=__doc__,
+        epilog="python -m autotune COMMAND --help says more about a command.",
+    )
+    commands = p.add_subparsers(metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        own = commands.add_parser(
+            name, help=module.SUMMARY, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.configure(own)
+        own.set_defaults(run=module.run)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except UsageError as error:
+        print(f"python -m autotune: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return CRASH
+
+
+if __name__ == "__main__":
+    sys.exit(main())

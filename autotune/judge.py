@@ -1,0 +1,84 @@
+"""Run `python -m verify` in a process of its own and take in its verdicts: nothing unverified is ranked."""
+
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from autotune.outcomes import BoxOver
+from autotune.timing import Box
+from verify import records, session
+
+GRACE = 20.0
+"""Seconds that verify has, once interrupted, to end the workers that it started."""
+
+OUTCOMES = {
+    session.PASS: "passed",
+    session.FAILED: "failed",
+    session.USAGE: "not judged",
+    session.NOTHING: "nothing ran",
+    session.FLAKY: "nondeterministic",
+    session.CRASH: "crashed",
+}
+
+
+def verified(names: list[str], device: str, profile: str, box: Box) -> dict[str, dict]:
+    """Judge our implementations by name; returns the verdicts in JSON values, by name.
+
+    What verify prints is not held back. Raises BoxOver where the box ends first; on KeyboardInterrupt verify is told,
+    and given time to end its workers.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records.jsonl"
+        command = [sys.executable, "-m", "verify", *names, "--device", device, "--profile", profile]
+        _run([*command, "--json", str(path)], box)
+        lines = records.read(path) if path.is_file() else []
+    return {name: _verdict(name, lines) for name in names}
+
+
+def _run(command: list[str], box: Box) -> None:
+    # A session of its own: Ctrl-C reaches it once, from here, and not a second time while it is ending its workers.
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        process.wait(timeout=box.left)
+    except subprocess.TimeoutExpired:
+        raise BoxOver from None
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End verify as Ctrl-C does: killed, it would leave its workers running."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _verdict(name: str, lines: list[dict]) -> dict:
+    """Read one target's verdict; a run without a summary is one that crashed."""
+    own = [line for line in lines if line.get("target") == name]
+    codes = next((line["targets"] for line in lines if line["kind"] == "summary"), {})
+    code = codes.get(name, session.CRASH)
+    counts = next((line["counts"] for line in own if line["kind"] == "target"), {})
+    return {
+        "code": code,
+        "outcome": OUTCOMES[code],
+        "counts": counts,
+        "failed": sorted({line["property"] for line in own if line["kind"] == "failure"}),
+        "reason": next((line["reason"] for line in own if line["kind"] in ("crash", "usage")), None),
+    }
+
+
+def refusal(verdict: dict | None) -> str | None:
+    """Return None for what passed, otherwise why it is not ranked."""
+    if verdict is None:
+        return "not judged yet: the time box ran out"
+    if verdict["code"] == session.PASS:
+        return None
+    what = verdict["reason"] or ", ".join(verdict["failed"])
+    return f"python -m verify {verdict['outcome']}" + (f": {what}" if what else "")
