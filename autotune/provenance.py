@@ -24,14 +24,14 @@ def check_device(device: str) -> None:
     """Raise UsageError unless the device is cpu, or a cuda:N that torch sees."""
     if device == "cpu":
         return
-    if not (found := re.fullmatch(r"cuda(?::(\d+))?", device)):
+    if not (found := re.fullmatch(r"cuda:(\d+)", device)):
         raise UsageError(f"--device must be cpu or cuda:N, got {device}")
     if not torch.cuda.is_available():
         raise UsageError(
             f"--device {device}: torch {torch.__version__} sees no CUDA device here; --device cpu runs the same "
             "command on the CPU"
         )
-    if int(found[1] or 0) >= torch.cuda.device_count():
+    if int(found[1]) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices, from cuda:0 on")
 
 

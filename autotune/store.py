@@ -66,8 +66,7 @@ class Store:
 
     def rests(self) -> None:
         """Note that nothing is running: what ended was ended on purpose."""
-        if self.data["running"]:
-            self.keep("running", None)
+        self.keep("running", None)
 
     def lost(self, case: str, implementation: str, message: str) -> None:
         """Note an implementation that takes the process or the device down on a case, so that it is not tried again."""
