@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from autotune.contest import MEASURED
+from autotune.judge import told
 
 WIDE = 150
 """Columns where nobody watches: a table folded at 80 cannot be read in a log."""
@@ -131,8 +132,7 @@ def remarks(data: dict, cases: list[dict], missing: list[str]) -> Iterator[str]:
     """Say what is not in the table and why, and whose outputs are not ours."""
     for name, verdict in data["verification"].items():
         if verdict["code"]:
-            what = verdict["reason"] or ", ".join(verdict["failed"])
-            yield f"[bold red]NOT VERIFIED[/] {escape(name)}: python -m verify {verdict['outcome']}: {escape(what)}"
+            yield f"[bold red]NOT VERIFIED[/] {escape(name)}: {escape(told(verdict))}"
     for entry in data["not_compared"]:
         yield f"not compared: {escape(entry['name'])}: {escape(entry['reason'])}"
     for case in cases:

@@ -13,6 +13,7 @@ from verify import records, session
 GRACE = 20.0
 """Seconds that verify has, once interrupted, to end the workers that it started."""
 
+SILENT = "it ended without a summary"
 OUTCOMES = {
     session.PASS: "passed",
     session.FAILED: "failed",
@@ -70,7 +71,9 @@ def _verdict(name: str, lines: list[dict]) -> dict:
         "outcome": OUTCOMES[code],
         "counts": counts,
         "failed": sorted({line["property"] for line in own if line["kind"] == "failure"}),
-        "reason": next((line["reason"] for line in own if line["kind"] in ("crash", "usage")), None),
+        "reason": next(
+            (line["reason"] for line in own if line["kind"] in ("crash", "usage")), None if codes else SILENT
+        ),
     }
 
 
@@ -80,5 +83,10 @@ def refusal(verdict: dict | None) -> str | None:
         return "not judged yet: the time box ran out"
     if verdict["code"] == session.PASS:
         return None
-    what = verdict["reason"] or ", ".join(verdict["failed"])
-    return f"python -m verify {verdict['outcome']}" + (f": {what}" if what else "")
+    return told(verdict)
+
+
+def told(verdict: dict) -> str:
+    """Say how a verification ended, and over what."""
+    what = verdict["reason"] or ", ".join(verdict["failed"]) or "see what it printed"
+    return f"python -m verify: {verdict['outcome']}: {what}"

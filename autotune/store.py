@@ -139,7 +139,7 @@ def write(path: Path, text: str) -> None:
             os.chmod(name, 0o644)
             os.replace(name, path)
         except BaseException:
-            os.unlink(name)
+            Path(name).unlink(missing_ok=True)  # an interruption may come right behind the replacement
             raise
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
