@@ -12,6 +12,7 @@ from rich.console import Console
 
 from impls.table import IMPLEMENTATIONS
 from verify import display, records, replay, session
+from verify.choice import Choice, UsageError, choose
 from verify.claims import KINDS
 from verify.plan import PROFILES, Plan
 from verify.properties import PROPERTIES
@@ -21,6 +22,9 @@ EPILOG = """\
 targets    a name from the table (--list), all, cpu (what runs there), or anybody's kernel as package.module:function
            with the signature of flash-linear-attention's chunk_kda. Default: everything in the table that runs on the
            device.
+devices    cpu, cuda:N, or interpret: Triton's interpreter, which needs no GPU, with its bfloat16 mended. Default: each
+           implementation on the first that it has and this machine offers, yours on cpu. interpret asks each property
+           on fewer and smaller recipes, by a budget that the report names; --max-examples N asks on N recipes instead.
 exit code  0 pass, 1 a property failed, 2 usage, 3 nothing ran, 4 a mutant survived, 5 nondeterministic, 6 crash,
            130 interrupted
 
@@ -36,23 +40,19 @@ SHOWN = 5
 """Failures of one target that are printed in full; every one is kept in a file."""
 
 
-class UsageError(Exception):
-    """The command line asks for something that does not exist; the message says what was expected."""
-
-
 @dataclass(frozen=True)
 class Options:
     """The command line, checked."""
 
-    targets: tuple[str, ...]
+    choice: Choice
     named: frozenset[str]
     """Targets that the command line names one by one: each must run."""
-    device: str
+    device: str | None
     profile: str
     properties: tuple[str, ...]
     dtypes: tuple[str, ...]
     seed: int
-    examples: int
+    examples: int | None
     config: str | None
     contract: str | None
     json: Path | None
@@ -82,9 +82,7 @@ def _add_domain(p: argparse.ArgumentParser) -> None:
     """Add what decides which cases are tried."""
     profiles = "; ".join(f"{x.name}: {x.summary}" for x in PROFILES.values())
     p.add_argument("--profile", choices=PROFILES, default="quick", help=f"how much to try (default quick). {profiles}")
-    p.add_argument(
-        "--device", default="cpu", help="cpu, cuda:N, or interpret (Triton's interpreter, no GPU needed); default cpu"
-    )
+    p.add_argument("--device", help="cpu, cuda:N, or interpret (Triton's interpreter, no GPU needed); see below")
     p.add_argument("--property", metavar="NAME,...", help="only these properties (--list names them)")
     p.add_argument("--dtype", metavar="NAME,...", help=f"input dtypes out of {', '.join(DTYPES)}; default by profile")
     seed = "which recipes are drawn (default 0); equal seeds, equal recipes"
@@ -169,21 +167,20 @@ def _options(args: argparse.Namespace) -> Options:
     profile = PROFILES[args.profile]
     if args.max_examples is not None and args.max_examples < 1:
         raise UsageError(f"--max-examples must be at least 1, got {args.max_examples}")
-    kind = args.device.split(":")[0]
-    if kind not in ("cpu", "cuda", "interpret"):
+    if args.device is not None and args.device.split(":")[0] not in ("cpu", "cuda", "interpret"):
         raise UsageError(f"--device must be cpu, cuda:N or interpret, got {args.device}")
-    targets = _targets(args.targets, kind)
+    choice = choose(args.targets, args.device)
     _check_files(args)
-    _check_kinds(args, targets)
+    _check_kinds(args, tuple(choice.devices))
     return Options(
-        targets=targets,
+        choice=choice,
         named=frozenset(args.targets),
         device=args.device,
         profile=args.profile,
         properties=_names(args.property, tuple(p.name for p in PROPERTIES), "property"),
         dtypes=_names(args.dtype, DTYPES, "dtype") or profile.dtypes,
         seed=args.seed,
-        examples=args.max_examples or profile.examples,
+        examples=args.max_examples,
         config=args.config,
         contract=args.contract,
         json=args.json,
@@ -214,28 +211,8 @@ def _check_files(args: argparse.Namespace) -> None:
             raise UsageError(f"--json {args.json}: {error.strerror}") from error
 
 
-def _targets(asked: list[str], kind: str) -> tuple[str, ...]:
-    here = [impl.name for impl in IMPLEMENTATIONS if kind in impl.devices]
-    groups = {
-        "all": [impl.name for impl in IMPLEMENTATIONS],
-        "cpu": [i.name for i in IMPLEMENTATIONS if "cpu" in i.devices],
-    }
-    known = {impl.name for impl in IMPLEMENTATIONS}
-    names: dict[str, None] = {}
-    for target in asked or [None]:
-        chosen = here if target is None else groups.get(target, [target])
-        if target and target not in groups and target not in known and ":" not in target:
-            raise UsageError(
-                f"unknown target {target}; known are {', '.join(sorted(known))}, all, cpu, or package.module:function"
-            )
-        if ":" in (target or "") and not replay.TARGET.fullmatch(target):
-            raise UsageError(f"expected package.module:function, got {target}")
-        names |= dict.fromkeys(chosen)
-    return tuple(names)
-
-
 def _judge(options: Options, console: Console) -> int:
-    plans = [_plan(options, name) for name in options.targets]
+    plans = [_plan(options, name, device) for name, device in options.choice.devices.items()]
     expected = {plan.target: plan.examples * len(plan.dtypes) for plan in plans}
     with _stream(options.json) as stream, display.progress(console, expected) as show:
         if stream:
@@ -243,11 +220,13 @@ def _judge(options: Options, console: Console) -> int:
                 stream,
                 "run",
                 versions=records.versions(),
-                device=options.device,
+                device=options.device or "default",
                 profile=options.profile,
                 seed=options.seed,
                 arguments=sys.argv[1:],
             )
+            for name, reason in options.choice.absent.items():
+                records.write(stream, "not-run", target=name, reason=reason)
 
         def listen(record: dict) -> None:
             if stream:
@@ -255,24 +234,30 @@ def _judge(options: Options, console: Console) -> int:
                 stream.flush()
             show(record)
 
-        verdicts = list(session.run([[plan] for plan in plans], listen).values())
+        # what is interpreted takes longest: it starts first, and is shown in its place
+        batches = [[plan] for plan in sorted(plans, key=lambda plan: plan.device != "interpret")]
+        judged = session.run(batches, listen)
+        verdicts = [judged[plan.target] for plan in plans]
     heard = [v for v in verdicts if v.code != session.NOTHING or v.target in options.named]
     code = session.exit_code([v.code for v in heard])
     _show(verdicts, options, console)
+    for name, reason in options.choice.absent.items():
+        console.print(display.not_run(name, reason), soft_wrap=True)
     if options.json:
         with options.json.open("a") as stream:
             records.write(stream, "summary", code=code, targets={v.target: v.code for v in verdicts})
     return code
 
 
-def _plan(options: Options, name: str) -> Plan:
+def _plan(options: Options, name: str, device: str) -> Plan:
     return Plan(
         target=name,
-        device=options.device,
+        device=device,
         profile=options.profile,
         dtypes=options.dtypes,
         seed=options.seed,
-        examples=options.examples,
+        examples=options.examples or PROFILES[options.profile].examples,
+        budgeted=options.examples is None,
         properties=options.properties,
         config=options.config,
         contract=options.contract,
@@ -288,13 +273,13 @@ def _show(verdicts: list[session.Verdict], options: Options, console: Console) -
     if judged:
         console.print(display.verdict_table(judged))
     if not verdicts:
-        nothing = f"nothing ran: no implementation in the table runs on {options.device} (--list shows devices)"
-        console.print(nothing, soft_wrap=True)
+        nothing = f"nothing ran: no implementation in the table runs on {options.device or 'this machine'}"
+        console.print(f"{nothing} (--list shows devices)", soft_wrap=True)
     for verdict in verdicts:
         if verdict.broken:
             console.print(display.broken(verdict), soft_wrap=True)
         if verdict.seen:
-            console.print(display.counts(verdict, options.device), soft_wrap=True)
+            console.print(display.counts(verdict, options.choice.devices[verdict.target]), soft_wrap=True)
             console.print(display.terms(verdict), soft_wrap=True)
         if verdict.done and verdict.done["not_asked"]:
             console.print(display.not_asked(verdict), soft_wrap=True)

@@ -110,9 +110,16 @@ def counts(verdict: Verdict, device: str) -> str:
         text += f", {discarded} checks had nothing to compare"
     if verdict.done and verdict.done["dtypes_refused"]:
         text += f"; dtypes not taken: {', '.join(verdict.done['dtypes_refused'])}"
+    if verdict.done and verdict.done["budget"]:
+        text += f"\n  {verdict.done['budget']}"
     if verdict.code == 0:
         text += f"\n  {PROMISE.format(cases=verdict.seen, device=device)}"
     return text
+
+
+def not_run(name: str, reason: str) -> str:
+    """Say that an implementation was not judged, and why."""
+    return f"[yellow]NOT RUN[/] {name}: {escape(reason)}"
 
 
 def not_asked(verdict: Verdict) -> str:

@@ -54,6 +54,8 @@ class Plan:
     contract: str | None = None
     recipe: dict | None = None
     """Judge this one recipe only, without drawing: a replay."""
+    budgeted: bool = True
+    """In the interpreter: ask by the profile's budget. False where a number of recipes was asked for: then on all."""
     kills: int = 0
     """Stop after so many failing recipes, without shrinking: the self-test asks whether a mutant dies, not how."""
 

@@ -38,6 +38,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 BORDERS = (15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 TALL = (65, 70, 129, 200)
 """Lengths that cross the borders of chunks of 64 and 128, for cases of one narrow head."""
+FEW = (1, 1, 2, 3)
+"""What the sizes B, H and HV / H are drawn from."""
 STYLES = (*["plain"] * 11, *["packed"] * 4, *["inside"] * 4, *["packed inside"] * 2, "empty")
 """Which features meet how often: most properties speak of activated inputs in equal sequences."""
 DIMS = (1, 2, 3, 4, 5, 8, 12, 16, 33, 64)
@@ -169,18 +171,26 @@ def _tokens(limit: int, more: tuple[int, ...]) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def recipes(draw, dtypes: tuple[str, ...], tokens: int, work: int, chunks: tuple[int, ...] = ()) -> Recipe:
-    """Draw a recipe: dtype out of `dtypes`, chunk sizes out of `chunks` or the default.
+def recipes(
+    draw,
+    dtypes: tuple[str, ...],
+    tokens: int,
+    work: int,
+    chunks: tuple[int, ...] = (),
+    heads: tuple[int, ...] = FEW,
+    tall: tuple[int, ...] = TALL,
+) -> Recipe:
+    """Draw a recipe: dtype out of `dtypes`, chunk sizes out of `chunks` or the default, B, H and HV / H out of `heads`.
 
-    A sequence has at most `tokens` tokens, half as many where up to four are packed; or one of TALL and a narrow head.
-    `work` bounds B*HV*T*K*V, the cost of a sequential pass: heads and batches shrink first, then the dimensions.
+    A sequence has at most `tokens` tokens, half as many where up to four are packed; or one of `tall` and a narrow
+    head. `work` bounds B*HV*T*K*V, the cost of a sequential pass: heads and batches shrink first, then the dimensions.
     """
     style = draw(st.sampled_from(STYLES))
     packed, inside = "packed" in style, "inside" in style
-    several = st.lists(_tokens(tokens // 2, (0, TALL[0])), min_size=1, max_size=4)
+    several = st.lists(_tokens(tokens // 2, (0, *tall[:1])), min_size=1, max_size=4)
     lengths = tuple(draw(several)) if packed else ()
-    T = sum(lengths) if packed else 0 if style == "empty" else draw(_tokens(tokens, TALL))
-    few, dims = st.sampled_from((1, 1, 2, 3)), st.sampled_from(DIMS)
+    T = sum(lengths) if packed else 0 if style == "empty" else draw(_tokens(tokens, tall))
+    few, dims = st.sampled_from(heads), st.sampled_from(DIMS)
     K, V, B, H, G = draw(dims), draw(dims), 1 if packed else draw(few), draw(few), draw(few)
     if max(lengths, default=T) > tokens:
         B, H, G, K, V = 1, 1, 1, min(K, 8), min(V, 8)

@@ -2,7 +2,7 @@
 
 Kinds: run (versions, device, arguments), probe (what a foreign target takes), case (a recipe and every property's worst
 measure), failure (a property with its smallest failing recipe: what --replay reads), target (counts of one target),
-crash, summary. `records.schema.json` beside this file is the JSON Schema of a line.
+crash, not-run (an implementation that no device here runs), summary. `records.schema.json` beside this file is the JSON Schema of a line.
 """
 
 import json

@@ -91,15 +91,15 @@ _SCRIPT = '''"""Call a kernel on one case, and print its results beside those of
 {about}
 
 import importlib
-from operator import attrgetter
+{environment}from operator import attrgetter
 
 import torch
-
+{repair}
 inf = float("inf")
 
 
 def tensor(shape, dtype, values):
-    return torch.tensor(values, dtype=torch.float64).reshape(shape).to(dtype)
+    return torch.tensor(values, dtype=torch.float64).reshape(shape).to({place!r}, dtype)
 
 
 arguments = {{
@@ -121,14 +121,18 @@ if __name__ == "__main__":
         if not isinstance(x, torch.Tensor):
             print("  got     ", x)
             continue
-        print("  got     ", x.double().flatten().tolist())
+        x, right = x.double().cpu(), right.cpu()
+        print("  got     ", x.flatten().tolist())
         print("  expected", right.flatten().tolist())
-        print("  largest difference", (x.double() - right).abs().max().item() if x.numel() else 0.0)
+        print("  largest difference", (x - right).abs().max().item() if x.numel() else 0.0)
 '''
 
 
 def script(failure: dict, case: Case) -> str:
-    """Write a script that calls the target on the case and prints its output beside the definition's."""
+    """Write a script that calls the target on the case and prints its output beside the definition's.
+
+    In Triton's interpreter it needs this package too, for the mended bfloat16.
+    """
     recipe: Recipe = from_json(failure["recipe"])
     exact = recurrent(activated(case).inputs())
     target, own = failure["target"], ":" not in failure["target"]
@@ -138,14 +142,19 @@ def script(failure: dict, case: Case) -> str:
     if own and failure["config"]:
         chosen.append(f"    # found with the launch configuration {ascii(failure['config'])}")
     found = f"property {failure['property']}, {failure['what']} {failure['where']}"
+    interpreted = failure["device"] == "interpret"
+    place = "cpu" if interpreted else failure["device"]
     return _SCRIPT.format(
+        environment='import os\n\nos.environ["TRITON_INTERPRET"] = "1"\n' if interpreted else "",
+        repair="\nfrom verify.interpreter import repair\n\nrepair()" if interpreted else "",
+        place=place,
         about=_comment(
             f"{target} fails on {words(recipe)}",
             f"Found by `python -m verify`: {found}: observed {failure['observed']}, allowed {failure['allowed']}.",
         ),
         module=module,
         function=function,
-        arguments="\n".join((*chosen, *_arguments(case))),
+        arguments="\n".join((*chosen, *_arguments(case, place))),
         o_shape=exact.o.shape,
         o=_values(exact.o),
         S_shape=exact.final_state.shape,
@@ -158,7 +167,7 @@ def _comment(*lines: str) -> str:
     return "\n".join("# " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) for text in lines)
 
 
-def _arguments(case: Case) -> list[str]:
+def _arguments(case: Case, place: str) -> list[str]:
     tensors = {
         "q": (case.q, case.dtype),
         "k": (case.k, case.dtype),
@@ -182,7 +191,7 @@ def _arguments(case: Case) -> list[str]:
     }
     lines += [f'    "{name}": {value!r},' for name, value in flags.items() if value is not None]
     if case.cu_seqlens is not None:
-        lines.append(f'    "cu_seqlens": torch.tensor({list(case.cu_seqlens)}),')
+        lines.append(f'    "cu_seqlens": torch.tensor({list(case.cu_seqlens)}, device={place!r}),')
     return lines
 
 

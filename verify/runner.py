@@ -2,13 +2,15 @@
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from verify import coverage, mutants, probe, records
+from verify import coverage, interpreter, mutants, probe, records
+from verify.budget import HEADS, INTERPRETED, Budget
 from verify.claims import Property
 from verify.plan import PROFILES, Plan
 from verify.properties import PROPERTIES
@@ -45,8 +47,14 @@ class Tally:
     """What was done to one target: counts, properties that compared something, and those that met an empty case."""
 
     counts: dict[str, int] = field(default_factory=lambda: {"cases": 0, "rows": 0, "runs": 0, "discarded": 0})
-    judged: set[str] = field(default_factory=set)
+    judged: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Recipes by property and dtype."""
     empty: set[str] = field(default_factory=set)
+
+    def missing(self, chosen: list[Property]) -> list[Property]:
+        """Return the properties that compared nothing."""
+        names = {name for name, _ in self.judged}
+        return [p for p in chosen if p.name not in names]
 
 
 def judge(plan: Plan, emit: Emit) -> None:
@@ -70,7 +78,8 @@ def judge(plan: Plan, emit: Emit) -> None:
         counts=tally.counts,
         refused=dict(target.refused),
         dtypes_refused=refused,
-        not_asked=_not_asked(plan, target, [p for p in chosen if p.name not in tally.judged], tally.empty),
+        not_asked=_not_asked(plan, target, tally.missing(chosen), tally.empty),
+        budget=budget.words() if (budget := _budget(plan, target)) else None,
     )
 
 
@@ -84,9 +93,9 @@ def _once_each(found: dict[str, Found]) -> dict[str, Found]:
 def _judge_one(plan: Plan, target: Target, emit: Emit) -> None:
     """Judge the plan's own recipe on its one property, and report what comes out as `judge` does."""
     recipe, prop = from_json(plan.recipe), next(p for p in PROPERTIES if p.name == plan.properties[0])
-    worst = _worst(prop, target, recipe)
-    results = {} if worst is None else {prop.name: records.outcome(worst)}
     trial = Trial(target, recipe)
+    worst = _worst(prop, trial)
+    results = {} if worst is None else {prop.name: records.outcome(worst)}
     emit(
         "case",
         target=plan.target,
@@ -116,6 +125,7 @@ def _judge_one(plan: Plan, target: Target, emit: Emit) -> None:
         refused={},
         dtypes_refused=[],
         not_asked={},
+        budget=None,
     )
 
 
@@ -126,9 +136,14 @@ def load(plan: Plan) -> Target:
             return mutants.target_of(mutants.find(plan.target.removeprefix("mutant:")))
         except KeyError as error:
             raise TargetError(error.args[0]) from error
+    if plan.device == "interpret":
+        try:
+            interpreter.repair()
+        except RuntimeError as error:
+            raise TargetError(f"--device interpret: {error}") from error
     target = resolve(plan.target, plan.device, Path(plan.config) if plan.config else None, plan.contract)
     try:
-        torch.empty(0, device=plan.device)
+        torch.empty(0, device=target.place)
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TargetError(f"--device {plan.device}: {reason}") from error
@@ -150,18 +165,17 @@ def _not_asked(plan: Plan, target: Target, missing: list[Property], empty: set[s
     dtypes = [d for d in plan.dtypes if d in target.dtypes]
     if plan.kills or not missing or not dtypes:
         return {}
-    profile = PROFILES[plan.profile]
-    strategy = recipes(tuple(dtypes), tokens=profile.tokens, work=profile.work, chunks=probe.CHUNKS)
+    strategy = _recipes(plan, target, tuple(dtypes), probe.CHUNKS)
     met = [drawn(strategy, number) for number in range(LOOKED_AT)]
 
     def fits(prop: Property, taker: Target) -> list[bool]:
         return [prop.applies(Trial(taker, neutral(recipe, taker))) for recipe in met]
 
-    reasons = {}
+    reasons, none = {}, "no case within the budget fits" if _budget(plan, target) else "no drawn case fits"
     for prop in missing:
         now = fits(prop, target)
         axes = [axis for axis in sorted(_closed(target)) if fits(prop, _opened(target, axis)) != now]
-        reasons[prop.name] = f"{' or '.join(axes)} not taken" if axes else "no drawn case fits"
+        reasons[prop.name] = f"{' or '.join(axes)} not taken" if axes else none
     return reasons | dict.fromkeys((p.name for p in missing if p.name in empty), "nothing to compare in its cases")
 
 
@@ -181,10 +195,22 @@ def _opened(target: Target, axis: str) -> Target:
     )
 
 
-def _strategy(plan: Plan, target: Target, dtype: str):
+def _budget(plan: Plan, target: Target) -> Budget | None:
+    """Return what the interpreter can afford; None on other devices, and where a number of recipes was asked for."""
+    return INTERPRETED[plan.profile, target.form] if plan.device == "interpret" and plan.budgeted else None
+
+
+def _recipes(plan: Plan, target: Target, dtypes: tuple[str, ...], chunks: tuple[int, ...]):
+    """Return the recipes of a plan: those of its profile, smaller in the interpreter."""
     profile = PROFILES[plan.profile]
-    drawn = recipes((dtype,), tokens=profile.tokens, work=profile.work, chunks=target.chunks)
-    return drawn.map(lambda recipe: neutral(recipe, target))
+    if plan.device != "interpret":
+        return recipes(dtypes, tokens=profile.tokens, work=profile.work, chunks=chunks)
+    tokens = INTERPRETED[plan.profile, target.form].tokens
+    return recipes(dtypes, tokens=tokens, work=profile.work, chunks=chunks, heads=HEADS, tall=())
+
+
+def _strategy(plan: Plan, target: Target, dtype: str):
+    return _recipes(plan, target, (dtype,), target.chunks).map(lambda recipe: neutral(recipe, target))
 
 
 def neutral(recipe: Recipe, target: Target) -> Recipe:
@@ -206,10 +232,16 @@ def _generate(
 ) -> dict[str, Found]:
     """Judge recipe after recipe; returns the first failure of every property."""
     found: dict[str, Found] = {}
-    strategy, killed = _strategy(plan, target, dtype), 0
+    strategy, killed, units, budget = _strategy(plan, target, dtype), 0, 0, _budget(plan, target)
     for number in range(plan.examples):
         recipe = drawn(strategy, _seed(plan, dtype, number))
-        failures = _judge_case(plan, Trial(target, recipe), chosen, tally, emit)
+        trial, asked = Trial(target, recipe), chosen
+        if budget:
+            asked = [p for p in chosen if tally.judged[p.name, dtype] < budget.asked and p.applies(trial)]
+            if not asked or units >= budget.units:
+                continue
+        failures = _judge_case(plan, trial, asked, tally, emit)
+        units += trial.units
         for prop, name, worst in failures:
             found.setdefault(name, Found(prop, recipe, worst, number))
         killed += bool(failures)
@@ -224,10 +256,11 @@ def _judge_case(
     results, gates, failures, counts = {}, {}, [], tally.counts
     for name, prop, measures in _measured(trial, chosen):
         worst = worst_of(measures)
-        (tally.empty if worst is None else tally.judged).add(prop.name)
         if worst is None:
+            tally.empty.add(prop.name)
             counts["discarded"] += 1
             continue
+        tally.judged[prop.name, trial.recipe.dtype] += 1
         counts["rows"] += sum(m.rows for m in measures)
         results[name] = records.outcome(worst)
         _largest_by_gate(gates, measures)
@@ -281,15 +314,12 @@ def worst_of(measures: list[Measure]) -> Measure | None:
     return worst if worst and (worst.ratio > 1 or any(m.rows for m in measures)) else None
 
 
-def _worst(prop: Property, target: Target, recipe: Recipe) -> Measure | None:
-    trial = Trial(target, recipe)
-    if not prop.applies(trial):
-        return None
-    return worst_of(check(prop, trial))
+def _worst(prop: Property, trial: Trial) -> Measure | None:
+    return worst_of(check(prop, trial)) if prop.applies(trial) else None
 
 
 def _report(plan: Plan, target: Target, name: str, found: Found, emit: Emit, shrink: bool) -> None:
-    again = _worst(found.property, target, found.recipe)
+    again = _worst(found.property, Trial(target, found.recipe))
     steady = again is not None and again.ratio > 1
     recipe, measure = _shrink(plan, target, name, found) if steady and shrink else (found.recipe, found.measure)
     emit(
@@ -307,14 +337,17 @@ def _report(plan: Plan, target: Target, name: str, found: Found, emit: Emit, shr
 
 
 def _shrink(plan: Plan, target: Target, name: str, found: Found) -> tuple[Recipe, Measure]:
-    """Let Hypothesis meet the failure again and make it small, within a number of attempts."""
-    best, seen, attempts = (found.recipe, found.measure), {}, 0
+    """Let Hypothesis meet the failure again and make it small: within attempts, in the interpreter units of work."""
+    best, seen, spent = (found.recipe, found.measure), {}, 0
+    interpreted = plan.device == "interpret"
+    allowed = INTERPRETED[plan.profile, target.form].shrinking if interpreted else PROFILES[plan.profile].shrinks
 
     def failing(recipe: Recipe) -> Measure | None:
-        nonlocal attempts
+        nonlocal spent
         if recipe not in seen and name.endswith(records.INFINITE) == recipe.infinite:
-            attempts += any(seen.values())
-            worst = _worst(found.property, target, recipe) if attempts <= PROFILES[plan.profile].shrinks else None
+            trial = Trial(target, recipe)
+            worst = _worst(found.property, trial) if spent < allowed or not any(seen.values()) else None
+            spent += (max(trial.units, 1) if interpreted else 1) if any(seen.values()) else 0
             seen[recipe] = worst if worst is not None and worst.ratio > 1 else None
         return seen.get(recipe)
 

@@ -126,6 +126,7 @@ def run(batches: list[list[Plan]], listen: Listener) -> dict[str, Verdict]:
 @contextlib.contextmanager
 def _worker(batch: list[Plan], arrived: queue.Queue) -> Iterator[None]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    environment.pop("TRITON_INTERPRET", None)  # a device means what it says, whatever the shell is set to
     if batch[0].device == "interpret":
         environment["TRITON_INTERPRET"] = "1"
     process = subprocess.Popen(

@@ -63,7 +63,14 @@ class Target:
     backward: bool = True
     foreign: bool = False
     device: str = "cpu"
+    form: str = "chunk"
+    """Chunk or recurrent; somebody else's kernel counts as the first."""
     refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """Torch's device of the tensors: in Triton's interpreter they are on the CPU."""
+        return "cpu" if self.device == "interpret" else self.device
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +128,7 @@ def arguments(
         make["A_log"] = (a.A_log, case.state_dtype)
     if a.dt_bias is not None:
         make["dt_bias"] = (a.dt_bias, case.state_dtype)
-    tensors = {name: guarded(x, dtype, target.device) for name, (x, dtype) in make.items()}
+    tensors = {name: guarded(x, dtype, target.place) for name, (x, dtype) in make.items()}
     flags = {
         "scale": case.scale,
         "chunk_size": case.chunk_size,
@@ -134,7 +141,7 @@ def arguments(
     }
     keywords |= {name: value for name, value in flags.items() if value is not None}
     if case.cu_seqlens is not None:
-        keywords["cu_seqlens"] = torch.tensor(case.cu_seqlens, dtype=torch.int64, device=target.device)
+        keywords["cu_seqlens"] = torch.tensor(case.cu_seqlens, dtype=torch.int64, device=target.place)
     return tensors, keywords
 
 
@@ -177,7 +184,7 @@ def call_tensors(
     with poisoned_allocations(), torch.set_grad_enabled(backward):
         returned = target.function(*positional, **named, **keywords, output_final_state=final_state)
         o, S = _unpack(returned, final_state)
-        starts = _starts(case, o, S, do, dS, target.device, state_v_first) if backward else []
+        starts = _starts(case, o, S, do, dS, target.place, state_v_first) if backward else []
         grads = _gradients(case, leaves, [(x, rearrange(start)) for x, start in starts]) if backward else {}
     S = None if S is None else S.detach()
     if state_v_first:
@@ -263,6 +270,7 @@ def resolve(name: str, device: str, config: Path | None = None, contract: str | 
         chunks=tuple(impl.chunk_sizes or ()) if launch is None else (),
         backward=impl.backward,
         device=device,
+        form=impl.form,
         named=STANDARD if impl.chunk_sizes and launch is None else STANDARD - {"chunk_size"},
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from verify import yardstick
+from verify.budget import cost
 from verify.cases import Case
 from verify.exact import UNIT_ROUNDOFF, Dice
 from verify.families import materialise
@@ -61,6 +62,7 @@ class Trial:
         self.target, self.recipe = target, recipe
         self.contract = target.contract(recipe.dtype)
         self.runs = 0
+        self.units = 0
 
     @cached_property
     def case(self) -> Case:
@@ -97,8 +99,9 @@ class Trial:
         return Dice(self.recipe.seed, "property", label, self.recipe.T, self.recipe.K)
 
     def run(self, case: Case, **how) -> Result:
-        """Call the target on a case, and count it."""
+        """Call the target on a case, and count it and its work."""
         self.runs += 1
+        self.units += cost(self.target.form, case)
         with blame():
             return call(self.target, case, **how)
 

@@ -1,0 +1,58 @@
+"""What Triton's interpreter can afford, by a count of work and never by a clock: equal plans judge equal cases.
+
+Each property is asked on a number of recipes of every dtype. Recipes are drawn until all have had theirs: the common
+properties finish on the first few, later recipes make only the calls of those that need a rare case.
+"""
+
+from dataclasses import dataclass
+
+from verify.cases import Case
+
+CHUNK = 16
+"""Tokens of a chunk where the call names no chunk length."""
+TILE = 64
+"""Value channels that one program of an interpreted kernel computes."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a profile is tried in the interpreter."""
+
+    asked: int
+    """Recipes on which a property is asked, for every dtype."""
+    tokens: int
+    """Longest sequence, or longest packed pair of sequences."""
+    units: int
+    """Work of all calls for one dtype, after which no recipe is begun: see `cost`."""
+    shrinking: int
+    """Work of the calls that make one failure small."""
+
+    def words(self) -> str:
+        """Say in one line what was applied."""
+        return (
+            f"the interpreter's budget: each property on at most {self.asked} recipes a dtype, T <= {self.tokens}, "
+            f"H <= {max(HEADS)}, {self.units:,} units of work a dtype"
+        )
+
+
+HEADS = (1, 1, 2)
+"""What sizes B, H and HV / H are drawn from in the interpreter."""
+
+INTERPRETED = {
+    ("smoke", "chunk"): Budget(asked=2, tokens=17, units=200, shrinking=40),
+    ("smoke", "recurrent"): Budget(asked=2, tokens=8, units=1_000, shrinking=200),
+    ("quick", "chunk"): Budget(asked=4, tokens=33, units=800, shrinking=100),
+    ("quick", "recurrent"): Budget(asked=4, tokens=12, units=4_000, shrinking=500),
+    ("ci", "chunk"): Budget(asked=30, tokens=65, units=8_000, shrinking=300),
+    ("ci", "recurrent"): Budget(asked=30, tokens=17, units=40_000, shrinking=1_500),
+    ("deep", "chunk"): Budget(asked=400, tokens=130, units=200_000, shrinking=1_000),
+    ("deep", "recurrent"): Budget(asked=400, tokens=33, units=1_000_000, shrinking=5_000),
+}
+"""By profile and form."""
+
+
+def cost(form: str, case: Case) -> int:
+    """Count the work of one call: chunks, or tokens in the recurrent form, times value heads times value tiles."""
+    lengths = [tokens.stop - tokens.start for _, tokens in case.sequences()]
+    step = (case.chunk_size or CHUNK) if form == "chunk" else 1
+    return sum(-(-n // step) for n in lengths) * case.HV * -(-case.V // TILE)
