@@ -1,6 +1,8 @@
 """Resolve the keywords that users pass into one call of a registered op."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -11,15 +13,35 @@ SHORTEST_INTERVAL = 64
 """Tokens between intermediate states where no interval is asked for and no chunk is longer."""
 
 
-def call_op(
-    op: Callable,
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Hold the keywords of one call, checked and resolved; the meaning of each is that of `impls.chunk_kda`."""
+
+    scale: float
+    initial_state: torch.Tensor | None
+    output_final_state: bool
+    l2norm: bool
+    gate: Literal["none", "softplus", "bounded"]
+    lower_bound: float | None
+    A_log: torch.Tensor | None
+    dt_bias: torch.Tensor | None
+    sigmoid: Literal["none", "once", "twice"]
+    state_v_first: bool
+    cu_seqlens: torch.Tensor | None
+    cu_seqlens_cpu: torch.Tensor | None
+    keeps: bool
+    """Whether the intermediate states are wanted."""
+    interval: int
+    """Tokens between the states that are kept, 0 where none are."""
+
+
+def checked(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor,
     beta: torch.Tensor,
     *,
-    launch: Sequence[int],
     chunk_size: int,
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
@@ -37,12 +59,11 @@ def call_op(
     cu_seqlens_cpu: torch.Tensor | None = None,
     return_intermediate_states: bool = False,
     state_interval: int | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Check the keywords, activate, call the op: (o, final state or None), and the kept states where asked for.
+) -> Call:
+    """Check the keywords and resolve their defaults; the errors are those of `impls.chunk_kda`.
 
     q to beta are checked already: which implementation fits depends on them. `safe_gate` changes nothing: our forms
-    only ever multiply by decays, so any gate is safe. The meaning of the other keywords is that of `impls.chunk_kda`;
-    `launch` and `chunk_size` are the implementation's own.
+    only ever multiply by decays, so any gate is safe.
     """
     checks.check_flags(
         output_final_state=output_final_state,
@@ -62,20 +83,80 @@ def call_op(
     checks.check_tangents(tensors)
     state_interval = max(SHORTEST_INTERVAL, chunk_size) if state_interval is None else state_interval
     checks.check_intermediate(return_intermediate_states, state_interval, chunk_size, tensors)
-    dtype = compute_dtype(q)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if use_qk_l2norm_in_kernel:
+    gate = "none" if not use_gate_in_kernel else "softplus" if lower_bound is None else "bounded"
+    return Call(
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        initial_state=initial_state,
+        output_final_state=bool(output_final_state),
+        l2norm=bool(use_qk_l2norm_in_kernel),
+        gate=gate,
+        lower_bound=lower_bound,
+        A_log=A_log if use_gate_in_kernel else None,
+        dt_bias=dt_bias if use_gate_in_kernel else None,
+        sigmoid="none" if not use_beta_sigmoid_in_kernel else "twice" if allow_neg_eigval else "once",
+        state_v_first=bool(state_v_first),
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        keeps=bool(return_intermediate_states),
+        interval=state_interval if return_intermediate_states else 0,
+    )
+
+
+def call_activated(
+    op: Callable, q, k, v, g, beta, *, launch: Sequence[int], chunk_size: int, **keywords
+) -> tuple[torch.Tensor, ...]:
+    """Check the keywords, activate, call an op of `registration.register`; `launch`, `chunk_size` are the op's own.
+
+    Returns (o, final state or None), and the kept states where asked for.
+    """
+    call = checked(q, k, v, g, beta, chunk_size=chunk_size, **keywords)
+    dtype, initial_state = compute_dtype(q), call.initial_state
+    if call.l2norm:
         q, k = l2norm(q, dtype), l2norm(k, dtype)
-    if use_gate_in_kernel:
-        g = log_decay(g, A_log, dt_bias, lower_bound, dtype)
-    if use_beta_sigmoid_in_kernel:
-        beta = write_strength(beta, allow_neg_eigval, dtype)
-    if initial_state is not None and state_v_first:
+    if call.gate != "none":
+        g = log_decay(g, call.A_log, call.dt_bias, call.lower_bound, dtype)
+    if call.sigmoid != "none":
+        beta = write_strength(beta, call.sigmoid == "twice", dtype)
+    if initial_state is not None and call.state_v_first:
         initial_state = initial_state.transpose(-1, -2)
-    packing = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
-    kept = state_interval if return_intermediate_states else 0
-    o, S, h = op(q, k, v, g, beta, initial_state, packing, scale, bool(output_final_state), kept, launch)
-    if state_v_first:
+    packing = call.cu_seqlens if call.cu_seqlens_cpu is None else call.cu_seqlens_cpu
+    o, S, h = op(
+        q, k, v, g, beta, initial_state, packing, call.scale, call.output_final_state, call.interval, launch
+    )
+    if call.state_v_first:
         S, h = (x.transpose(-1, -2).contiguous() if x.ndim > 1 else x for x in (S, h))
-    final_state = S if output_final_state else None
-    return (o, final_state, h) if return_intermediate_states else (o, final_state)
+    return _returned(call, o, S, h)
+
+
+def call_raw(
+    op: Callable, q, k, v, g, beta, *, launch: Sequence[int], chunk_size: int, **keywords
+) -> tuple[torch.Tensor, ...]:
+    """Check the keywords and call an op of `registration.register_raw`, which activates inside; as `call_activated`."""
+    call = checked(q, k, v, g, beta, chunk_size=chunk_size, **keywords)
+    outputs = op(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        call.A_log,
+        call.dt_bias,
+        call.initial_state,
+        call.cu_seqlens,
+        call.cu_seqlens_cpu,
+        call.scale,
+        call.lower_bound,
+        call.l2norm,
+        call.gate,
+        call.sigmoid,
+        call.state_v_first,
+        call.output_final_state,
+        call.interval,
+        launch,
+    )
+    return _returned(call, *outputs)
+
+
+def _returned(call: Call, o: torch.Tensor, S: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    final_state = S if call.output_final_state else None
+    return (o, final_state, h) if call.keeps else (o, final_state)

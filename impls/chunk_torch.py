@@ -24,7 +24,7 @@ import math
 import torch
 
 from impls.adjoint_torch import adjoint
-from impls.call import call_op
+from impls.call import call_activated
 from impls.checks import bounds_of
 from impls.configs import ChunkTorchConfig, chunk_torch_config
 from impls.registration import register
@@ -41,11 +41,11 @@ COMPILED_SHAPES = 256
 def chunk_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     """Return (o [B, T, HV, V], final state [N, HV, K, V] or None); arguments as `impls.chunk_kda`.
 
-    config: a ChunkTorchConfig. Raises as `configs.chunk_torch_config` and `call.call_op` do.
+    config: a ChunkTorchConfig. Raises as `configs.chunk_torch_config` and `call.call_activated` do.
     """
     config = chunk_torch_config(config, chunk_size)
     launch = (config.chunk_size, config.block_tokens, config.heads, int(config.compile))
-    return call_op(op, q, k, v, g, beta, launch=launch, chunk_size=config.chunk_size, **keywords)
+    return call_activated(op, q, k, v, g, beta, launch=launch, chunk_size=config.chunk_size, **keywords)
 
 
 def _halves(x: torch.Tensor, s: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,11 @@
 """Launch configurations: what may be chosen about how an implementation runs, and never about what it computes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from impls.targets import Target
 
 CHUNK_SIZES = (16, 32, 64, 128)
+TRITON_CHUNK_SIZES = (16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -19,21 +22,87 @@ class ChunkTorchConfig:
     """Run the block through torch.compile: compiling takes seconds to a minute for each shape of block."""
 
 
-def invalid(config: ChunkTorchConfig) -> str | None:
-    """Return None for a configuration that runs, otherwise what is wrong with it."""
-    for name in ("chunk_size", "block_tokens", "heads"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            return f"{name} must be an int, got {value!r}"
+@dataclass(frozen=True)
+class ChunkTritonConfig:
+    """Configure chunk_triton. The results of two configurations agree within rounding, not bit for bit."""
+
+    chunk_size: int = 16
+    """C, tokens per chunk."""
+    value_tile: int = 64
+    """Value channels of the state that one program of the walk holds."""
+    segments: int = 0
+    """How many segments T is cut into, walked at the same time; 0: as many as `chunk_triton.segments_by_rule` says.
+    With 1 a sequence's bits do not depend on how many others are computed with it, or on how many tokens follow."""
+    recompute: bool = False
+    """Keep only the C x C matrices between the kernels, and have the walk compute the decayed rows again."""
+    intra_tiles: int = 1
+    """Work on a chunk as one tile of C tokens, or as two of C / 2."""
+    intra_warps: int = 2
+    intra_stages: int = 1
+    intra_contiguity: int = 2
+    """Neighbouring channels that a thread owns of a row, at most: few make a thread own whole columns."""
+    intra_registers: int = 0
+    """Cap on the registers of a thread, 0 for none."""
+    walk_warps: int = 4
+    walk_stages: int = 3
+    walk_contiguity: int = 8
+    walk_registers: int = 0
+
+
+@dataclass(frozen=True)
+class RecurrentTritonConfig:
+    """Configure recurrent_triton."""
+
+    value_tile: int = 32
+    """Value channels of the state that one program holds."""
+    warps: int = 4
+    stages: int = 1
+    registers: int = 0
+
+
+def invalid(config) -> str | None:
+    """Return None for a configuration that can run, otherwise what is wrong with it; one predicate for all kinds."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if type(value) is not field.type:
+            return f"{field.name} must be of type {field.type.__name__}, got {value!r}"
+    return _INVALID[type(config)](config)
+
+
+def _invalid_chunk_torch(config: ChunkTorchConfig) -> str | None:
     if config.chunk_size not in CHUNK_SIZES:
         return f"chunk_size must be one of {CHUNK_SIZES}, got {config.chunk_size!r}"
     if config.block_tokens < config.chunk_size or config.block_tokens % config.chunk_size:
         return f"block_tokens must be a multiple of chunk_size = {config.chunk_size}, got {config.block_tokens!r}"
     if config.heads < 1:
         return f"heads must be at least 1, got {config.heads!r}"
-    if not isinstance(config.compile, bool):
-        return f"compile must be True or False, got {config.compile!r}"
     return None
+
+
+def _invalid_triton(config: ChunkTritonConfig | RecurrentTritonConfig) -> str | None:
+    for field in fields(config):
+        allowed, value = _ALLOWED[field.name.removeprefix("intra_").removeprefix("walk_")], getattr(config, field.name)
+        if value not in allowed:
+            return f"{field.name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
+    return None
+
+
+_ALLOWED = {
+    "chunk_size": TRITON_CHUNK_SIZES,
+    "value_tile": (16, 32, 64, 128, 256),
+    "segments": range(0, 1025),
+    "recompute": (False, True),
+    "tiles": (1, 2),
+    "warps": (1, 2, 4, 8, 16),
+    "stages": range(1, 6),
+    "contiguity": (1, 2, 4, 8),
+    "registers": (0, *range(32, 256, 8)),
+}
+_INVALID = {
+    ChunkTorchConfig: _invalid_chunk_torch,
+    ChunkTritonConfig: _invalid_triton,
+    RecurrentTritonConfig: _invalid_triton,
+}
 
 
 def chunk_torch_config(config: ChunkTorchConfig | None, chunk_size: int | None) -> ChunkTorchConfig:
@@ -42,11 +111,32 @@ def chunk_torch_config(config: ChunkTorchConfig | None, chunk_size: int | None) 
     Raises TypeError for another kind of configuration, ValueError for an invalid or a contradictory one.
     """
     if config is None:
-        C = ChunkTorchConfig.chunk_size if chunk_size is None else chunk_size
-        config = ChunkTorchConfig(chunk_size=C)
-    if not isinstance(config, ChunkTorchConfig):
-        raise TypeError(f"config must be a ChunkTorchConfig for chunk_torch, got {config!r}")
-    if chunk_size not in (None, config.chunk_size):
+        config = ChunkTorchConfig() if chunk_size is None else ChunkTorchConfig(chunk_size=chunk_size)
+    return _accepted(config, ChunkTorchConfig, "chunk_torch", chunk_size)
+
+
+def chunk_triton_config(
+    config: ChunkTritonConfig | None, chunk_size: int | None, K: int, V: int, dtype: str, target: Target
+) -> ChunkTritonConfig:
+    """Return the configuration to run on a target; as `chunk_torch_config`."""
+    if config is None:
+        config = ChunkTritonConfig() if chunk_size is None else ChunkTritonConfig(chunk_size=chunk_size)
+    return _accepted(config, ChunkTritonConfig, "chunk_triton", chunk_size)
+
+
+def recurrent_triton_config(
+    config: RecurrentTritonConfig | None, chunk_size: int | None, K: int, V: int, dtype: str, target: Target
+) -> RecurrentTritonConfig:
+    """Return the configuration to run on a target; as `chunk_torch_config`, and no chunk size can be asked for."""
+    if chunk_size is not None:
+        raise ValueError(f"chunk_size must be None for recurrent_triton, which has no chunks, got {chunk_size}")
+    return _accepted(RecurrentTritonConfig() if config is None else config, RecurrentTritonConfig, "recurrent_triton")
+
+
+def _accepted(config, kind: type, name: str, chunk_size: int | None = None):
+    if not isinstance(config, kind):
+        raise TypeError(f"config must be a {kind.__name__} for {name}, got {config!r}")
+    if chunk_size is not None and chunk_size != config.chunk_size:
         raise ValueError(f"chunk_size must be config.chunk_size = {config.chunk_size}, got {chunk_size}")
     if reason := invalid(config):
         raise ValueError(reason)

@@ -58,3 +58,13 @@ def at_least_float32(dtype_name: str, bitwise: frozenset[str]) -> PrecisionContr
     """Return the contract of the torch implementations: float32 throughout, float64 for float64 inputs."""
     wide = "float64" if dtype_name == "float64" else "float32"
     return PrecisionContract(wide, wide, wide, wide, wide, output=dtype_name, bitwise=bitwise)
+
+
+def narrow_operands(dtype_name: str, bitwise: frozenset[str]) -> PrecisionContract:
+    """Return the contract of the Triton chunk kernels: products of operands in the inputs' format, sums in float32.
+
+    The inverse multiplies in tf32 where beta |k|^2 <= 1 is certain, in three products of tf32 or in float32 elsewhere.
+    """
+    if dtype_name == "float32":
+        return at_least_float32(dtype_name, bitwise)
+    return PrecisionContract(dtype_name, "float32", "float32", "tf32", dtype_name, output=dtype_name, bitwise=bitwise)

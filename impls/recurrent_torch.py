@@ -12,7 +12,7 @@ import torch
 
 from impls.activations import compute_dtype
 from impls.adjoint_torch import adjoint
-from impls.call import call_op
+from impls.call import call_activated
 from impls.checks import bounds_of
 from impls.registration import register
 from impls.sequences import by_token, flat, runs_of, scatter
@@ -30,7 +30,7 @@ def recurrent_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keyword
         raise TypeError(f"config must be None for recurrent_torch, got {config!r}")
     if chunk_size is not None:
         raise ValueError(f"chunk_size must be None for recurrent_torch, which has no chunks, got {chunk_size}")
-    return call_op(op, q, k, v, g, beta, launch=(), chunk_size=1, **keywords)
+    return call_activated(op, q, k, v, g, beta, launch=(), chunk_size=1, **keywords)
 
 
 def step(S: torch.Tensor, q, k, v, alpha, beta) -> torch.Tensor:

@@ -151,3 +151,53 @@ def _differentiate_with(backward_op: Callable) -> Callable:
 
 def _refuse(ctx, *gradients):
     raise NotImplementedError("kda_forge ops are differentiable once: double backward is not supported")
+
+
+def register_raw(name: str, forward: Callable) -> Callable:
+    """Register `kda_forge::<name>`, an op that activates inside and has no backward, and return it.
+
+    forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, l2norm,
+    gate, sigmoid, state_v_first, output_final_state, state_interval, launch) takes the fields of `call.Call` and
+    returns what `register` says of its forward, states being [.., V, K] where state_v_first.
+    """
+
+    @torch.library.custom_op(f"kda_forge::{name}", mutates_args=())
+    def op(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        A_log: torch.Tensor | None,
+        dt_bias: torch.Tensor | None,
+        initial_state: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        cu_seqlens_cpu: torch.Tensor | None,
+        scale: float,
+        lower_bound: float | None,
+        l2norm: bool,
+        gate: str,
+        sigmoid: str,
+        state_v_first: bool,
+        output_final_state: bool,
+        state_interval: int,
+        launch: Sequence[int],
+    ) -> Tensors3:
+        return forward(
+            q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, l2norm,
+            gate, sigmoid, state_v_first, output_final_state, state_interval, launch,
+        )  # fmt: skip
+
+    op.register_fake(_fake_raw)
+    return op
+
+
+def _fake_raw(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, l2norm,
+              gate, sigmoid, state_v_first, output_final_state, state_interval, launch):  # fmt: skip
+    states = _fake_forward(
+        q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch
+    )
+    if not state_v_first:
+        return states
+    o, S, h = states
+    return o, *(x.new_empty((*x.shape[:-2], x.shape[-1], x.shape[-2])) if x.ndim > 1 else x for x in (S, h))

@@ -1,13 +1,21 @@
 """The table of implementations: one frozen record each; a new implementation is one more row."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Literal
 
-from impls.checks import DTYPE_NAMES, MAX_HEAD_DIM, check_inputs
-from impls.configs import CHUNK_SIZES, ChunkTorchConfig
-from impls.contracts import BITWISE_CLAIMS, PrecisionContract, at_least_float32
+from impls.checks import DTYPE_NAMES, MAX_HEAD_DIM, check_inputs, wants_gradient
+from impls.configs import (
+    CHUNK_SIZES,
+    TRITON_CHUNK_SIZES,
+    ChunkTorchConfig,
+    ChunkTritonConfig,
+    RecurrentTritonConfig,
+)
+from impls.contracts import BITWISE_CLAIMS, PrecisionContract, at_least_float32, narrow_operands
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,11 @@ class Impl:
         Raises ValueError with the reason for a device, dtype or size that it does not support.
         """
         check_inputs(q, k, v, g, beta)
-        if reason := self.supports(**described(q, v)):
+        asked = described(q, v)
+        if asked["device"] == "cpu" and "cpu" not in self.devices and interpreting():
+            asked["device"] = "interpret"
+        others = (keywords.get(name) for name in ("initial_state", "A_log", "dt_bias"))
+        if reason := self.supports(backward=wants_gradient((q, k, v, g, beta, *others)), **asked):
             raise ValueError(reason)
         return self.load()(q, k, v, g, beta, config=config, **keywords)
 
@@ -60,7 +72,10 @@ class Impl:
         if form not in (None, self.form):
             return f"{self.name} is of the form {self.form}, not {form}"
         if device.split(":")[0] not in self.devices:
-            return f"{self.name} runs on {', '.join(self.devices)}, not on {device}"
+            where = f"{self.name} runs on {', '.join(self.devices)}, not on {device}"
+            return where + _INTERPRET_HINT if device == "cpu" and "interpret" in self.devices else where
+        if "triton" in self.name and find_spec("triton") is None:
+            return f"{self.name} needs triton, which is not installed"
         if dtype not in self.dtypes:
             return f"{self.name} takes {', '.join(self.dtypes)}, not {dtype}"
         if not (1 <= K <= MAX_HEAD_DIM and 1 <= V <= MAX_HEAD_DIM):
@@ -70,6 +85,14 @@ class Impl:
         if chunk_size is not None and chunk_size not in (self.chunk_sizes or ()):
             return f"{self.name} takes chunk sizes {self.chunk_sizes or 'of no kind'}, not {chunk_size}"
         return None
+
+
+_INTERPRET_HINT = "; CPU tensors run in Triton's interpreter, where TRITON_INTERPRET=1 is set before triton is imported"
+
+
+def interpreting() -> bool:
+    """Tell whether Triton's interpreter runs the kernels of this process, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _recurrent_torch() -> Callable:
@@ -84,10 +107,46 @@ def _chunk_torch() -> Callable:
     return chunk_torch
 
 
+def _recurrent_triton() -> Callable:
+    from impls.recurrent_triton import recurrent_triton
+
+    return recurrent_triton
+
+
+def _chunk_triton() -> Callable:
+    from impls.chunk_triton import chunk_triton
+
+    return chunk_triton
+
+
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 # Of several rows that support the same inputs the first is chosen.
 IMPLEMENTATIONS: tuple[Impl, ...] = (
+    Impl(
+        name="recurrent_triton",
+        summary="token by token in Triton, one launch; on a GPU not measured",
+        form="recurrent",
+        load=_recurrent_triton,
+        contract=partial(at_least_float32, bitwise=BITWISE_CLAIMS - {"value_slices"}),
+        devices=("cuda", "interpret"),
+        dtypes=_FLOATS[1:],
+        backward=False,
+        chunk_sizes=None,
+        config=RecurrentTritonConfig,
+    ),
+    Impl(
+        name="chunk_triton",
+        summary="chunk by chunk in Triton, in the tree form, two launches; on a GPU not measured",
+        form="chunk",
+        load=_chunk_triton,
+        contract=partial(narrow_operands, bitwise=frozenset({"layout"})),
+        devices=("cuda", "interpret"),
+        dtypes=_FLOATS[1:],
+        backward=False,
+        chunk_sizes=TRITON_CHUNK_SIZES,
+        config=ChunkTritonConfig,
+    ),
     Impl(
         name="recurrent_torch",
         summary="token by token in torch; the decode step; cuda not measured",

@@ -1,0 +1,443 @@
+"""Run Kimi Delta Attention chunk by chunk in Triton, in the tree form: two launches for any gate.
+
+    intra   one program per chunk and value head: activations, the tree of `impls.tree_triton`, the inverse; stores
+            A, X diag(beta), q before, k before, k after, and the chunk's decay
+    walk    one program per sequence, value head and tile of value channels: chunk after chunk, the state in registers
+
+            delta = X diag(beta) (v - (k before) S)     o = scale ((q before) S + A delta)
+            S <- total S + (k after)^T delta
+
+For few heads and long sequences the walk is cut into segments that run at the same time, in four launches: `walk` as a
+summary of every segment (where it leaves a zero state, and its transition), `combine` to the states that enter the
+segments, and `walk` again from those.
+"""
+
+import functools
+from dataclasses import astuple
+
+import triton
+import triton.language as tl
+
+from impls.activations_triton import exp2, gate_parameters, inverse_norm, log2_decay, write_strength
+from impls.call import call_raw
+from impls.checks import DTYPE_NAMES
+from impls.configs import ChunkTritonConfig, chunk_triton_config
+from impls.launcher import forward_of
+from impls.layout_triton import bounds, first_slot, inside, owner, spans_before, state_offsets, tile
+from impls.plan import Launch, Plan, Problem, inverse_precision, narrow, options, tile_of
+from impls.registration import register_raw
+from impls.targets import Target
+from impls.targets import of as target_of
+from impls.tree_triton import decays, inverse, tree
+
+
+@triton.jit
+def activated(
+    q, k, g, A_log, dt_bias, lower_bound, first, length, i_h,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    L2NORM: tl.constexpr, GATE: tl.constexpr, APPROXIMATE: tl.constexpr, CONTIGUITY: tl.constexpr,
+):
+    """Return q, k and alpha [C, BK] in float32 of `length` rows from row `first` on; behind them 0, 0 and 1."""
+    o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
+    mask = inside(o_c, length, o_k, K, K == BK)
+    of_q = (first * H + i_h // (HV // H)) * K + tile(o_c, o_k, H * K, CONTIGUITY)
+    of_g = (first * HV + i_h) * K + tile(o_c, o_k, HV * K, CONTIGUITY)
+    b_q = tl.load(q + of_q, mask=mask, other=0.0).to(tl.float32)
+    b_k = tl.load(k + of_q, mask=mask, other=0.0).to(tl.float32)
+    b_g = tl.load(g + of_g, mask=mask, other=0.0).to(tl.float32)
+    if L2NORM:
+        b_q *= inverse_norm(b_q, APPROXIMATE)
+        b_k *= inverse_norm(b_k, APPROXIMATE)
+    rate, bias = gate_parameters(A_log, dt_bias, i_h, o_k, K, GATE)
+    b_g = log2_decay(b_g, rate, bias[None, :], lower_bound, GATE, APPROXIMATE)
+    if GATE != "none":
+        b_g = tl.where(mask, b_g, 0.0)
+    return b_q, b_k, exp2(b_g, APPROXIMATE, False)
+
+
+@triton.jit
+def worked(
+    q, k, g, beta, A_log, dt_bias, lower_bound, first, length, i_h,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, OPERAND: tl.constexpr,
+    APPROXIMATE: tl.constexpr, CONTIGUITY: tl.constexpr,
+):
+    """Return A, L [C, C], beta [C], q before, k before, k after [C, BK], total [1, BK] of rows `first` onwards."""
+    o_c = tl.arange(0, C)
+    b_q, b_k, alpha = activated(
+        q, k, g, A_log, dt_bias, lower_bound, first, length, i_h,
+        H, HV, K, BK, C, L2NORM, GATE, APPROXIMATE, CONTIGUITY,
+    )
+    b_beta = tl.load(beta + (first + o_c) * HV + i_h, mask=o_c < length, other=0.0).to(tl.float32)
+    b_beta = tl.where(o_c < length, write_strength(b_beta, SIGMOID), 0.0)
+    b_A, L, before, after, total = tree(b_q, b_k, alpha, C, BK, LEVELS, OPERAND)
+    return b_A, L * b_beta[:, None], b_beta, b_q * before, b_k * before, b_k * after, total
+
+
+@triton.jit
+def store_rows(x, b_x, i_r, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CONTIGUITY: tl.constexpr):
+    """Store b_x [C, BK] at x [.., C, K], tile i_r."""
+    o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
+    tl.store(x + i_r * (C * K) + tile(o_c, o_k, K, CONTIGUITY), b_x.to(x.dtype.element_ty), mask=inside(o_c, C, o_k, K, K == BK))
+
+
+@triton.jit
+def store_square(x, b_x, i_c, row, column, C: tl.constexpr, M: tl.constexpr):
+    """Store the block b_x [M, M] at (row, column) of x [.., C, C], chunk i_c."""
+    o_m = tl.arange(0, M)
+    tl.store(x + i_c * (C * C) + (row + o_m)[:, None] * C + column + o_m[None, :], b_x.to(x.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def intra(
+    q, k, g, beta, A_log, dt_bias, cu_seqlens, A, X, q_before, k_before, k_after, last, T, N, lower_bound,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr,
+    LEVELS: tl.constexpr, L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr, CONTIGUITY: tl.constexpr, RECOMPUTE: tl.constexpr,
+):
+    """Work on one chunk of one value head: activate, climb the tree, invert; store what the walk needs."""
+    program = tl.program_id(0).to(tl.int64)
+    slot, i_h = program // HV, (program % HV).to(tl.int32)
+    i_n = owner(cu_seqlens, slot, T, N, C)
+    first, length = bounds(cu_seqlens, i_n, T)
+    begin = (slot - first_slot(cu_seqlens, i_n, T, C)) * C
+    first, length = first + begin, (length - begin).to(tl.int32)
+    if length <= 0:
+        return
+    i_c, o_k = slot * HV + i_h, tl.arange(0, BK)
+    M: tl.constexpr = C // TILES
+    A0, L0, beta0, qb, kb, ka, total = worked(
+        q, k, g, beta, A_log, dt_bias, lower_bound, first, length, i_h, H, HV, K, BK, M, LEVELS,
+        L2NORM, GATE, SIGMOID, OPERAND, APPROXIMATE, CONTIGUITY,
+    )
+    store_square(A, A0, i_c, 0, 0, C, M)
+    if not RECOMPUTE:
+        store_rows(q_before, qb, i_c * TILES, K, BK, M, CONTIGUITY)
+        store_rows(k_before, kb, i_c * TILES, K, BK, M, CONTIGUITY)
+        if TILES == 1:
+            store_rows(k_after, ka, i_c, K, BK, M, CONTIGUITY)
+            tl.store(last + i_c * K + o_k, tl.reshape(total, (BK,)), mask=o_k < K)
+    X0 = inverse(L0, M, LEVELS, PRECISION)
+    store_square(X, X0 * beta0[None, :], i_c, 0, 0, C, M)
+    if TILES == 2:
+        # the early tile's k after, in the operands' format, is what waits in registers
+        k_early, early = ka.to(OPERAND), total
+        A1, L1, beta1, qb, kb, ka, total = worked(
+            q, k, g, beta, A_log, dt_bias, lower_bound, first + M, length - M, i_h, H, HV, K, BK, M, LEVELS,
+            L2NORM, GATE, SIGMOID, OPERAND, APPROXIMATE, CONTIGUITY,
+        )
+        late = tl.reshape(tl.permute(tl.join(qb.to(OPERAND), kb.to(OPERAND)), (2, 0, 1)), (C, BK))
+        P = tl.dot(late, tl.trans(k_early), input_precision="ieee")
+        if not RECOMPUTE:
+            store_rows(q_before, qb * early, i_c * 2 + 1, K, BK, M, CONTIGUITY)
+            store_rows(k_before, kb * early, i_c * 2 + 1, K, BK, M, CONTIGUITY)
+            store_rows(k_after, k_early.to(tl.float32) * total, i_c * 2, K, BK, M, CONTIGUITY)
+            store_rows(k_after, ka, i_c * 2 + 1, K, BK, M, CONTIGUITY)
+            tl.store(last + i_c * K + o_k, tl.reshape(early * total, (BK,)), mask=o_k < K)
+        A10, L10 = tl.split(tl.permute(tl.reshape(P, (2, M, M)), (1, 2, 0)))
+        X1 = inverse(L1, M, LEVELS, PRECISION)
+        X10 = tl.dot(X1, L10 * beta1[:, None], input_precision=PRECISION)
+        X10 = -tl.dot(X10, X0, input_precision=PRECISION)
+        zero = tl.zeros([M, M], tl.float32)
+        store_square(A, A10, i_c, M, 0, C, M)
+        store_square(A, A1, i_c, M, M, C, M)
+        store_square(A, zero, i_c, 0, M, C, M)
+        store_square(X, X10 * beta0[None, :], i_c, M, 0, C, M)
+        store_square(X, X1 * beta1[None, :], i_c, M, M, C, M)
+        store_square(X, zero, i_c, 0, M, C, M)
+
+
+@triton.jit
+def load_rows(x, i_c, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CONTIGUITY: tl.constexpr):
+    """Load tile i_c of x [.., C, K] as [C, BK]."""
+    o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
+    offsets = i_c * (C * K) + tile(o_c, o_k, K, CONTIGUITY)
+    return tl.load(x + offsets, mask=inside(o_c, C, o_k, K, K == BK), other=0.0)
+
+
+@triton.jit(do_not_specialize=["T", "N", "segment", "interval"])
+def walk(
+    q_before, k_before, k_after, last, q, k, g, A_log, dt_bias, v, A, X, cu_seqlens, initial, entering, o, final, kept,
+    T, N, segment, interval, scale, lower_bound,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, L2NORM: tl.constexpr, GATE: tl.constexpr, V_FIRST: tl.constexpr,
+    OPERAND: tl.constexpr, APPROXIMATE: tl.constexpr, CONTIGUITY: tl.constexpr,
+    RECOMPUTE: tl.constexpr, SUMMARY: tl.constexpr,
+):
+    """Walk over the chunks of one sequence or segment with BV columns of one head's state, transposed: S [BV, BK].
+
+        delta = X diag(beta) (v - (k before) S)   o = scale ((q before) S + A delta)   S <- total S + (k after)^T delta
+
+    As a SUMMARY it writes no outputs but, into `entering`, where a segment leaves a zero state, and behind the V
+    columns of that the K columns of its transition: where it leaves the unit vectors without any v.
+    """
+    VALUES: tl.constexpr = (V + BV - 1) // BV
+    TILES: tl.constexpr = VALUES + (K + BV - 1) // BV if SUMMARY else VALUES
+    EVEN_K: tl.constexpr = K == BK
+    EVEN_V: tl.constexpr = V % BV == 0 and not SUMMARY
+    program = tl.program_id(0).to(tl.int64)
+    i_v, i_h, i_s = (program % TILES).to(tl.int32), (program // TILES % HV).to(tl.int32), program // (TILES * HV)
+    i_n, begin = i_s, 0 * program
+    if entering is not None:
+        i_n = owner(cu_seqlens, i_s, T, N, segment)
+        begin = (i_s - first_slot(cu_seqlens, i_n, T, segment)) * segment
+    first, length = bounds(cu_seqlens, i_n, T)
+    length = (length - begin).to(tl.int32)
+    leaves = True
+    if entering is not None:
+        leaves = length <= segment
+        if (length <= 0 and begin > 0) or (SUMMARY and leaves):
+            return
+        length = tl.minimum(length, segment)
+    first += begin
+    o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    of_entering = ((i_s * HV + i_h) * (V + K) + o_v[:, None]) * K + o_k[None, :]
+    if SUMMARY:
+        S = tl.where((o_v - VALUES * BV)[:, None] == o_k[None, :], 1.0, 0.0)
+    elif entering is not None:
+        S = tl.load(entering + of_entering, mask=inside(o_v, V, o_k, K, EVEN_K), other=0.0)
+    elif initial is not None:
+        of_initial = state_offsets(i_n * HV + i_h, o_v, o_k, K, V, V_FIRST)
+        S = tl.load(initial + of_initial, mask=inside(o_v, V, o_k, K, EVEN_K), other=0.0).to(tl.float32)
+    else:
+        S = tl.zeros([BV, BK], tl.float32)
+    i_c = (first_slot(cu_seqlens, i_n, T, C) + begin // C) * HV + i_h
+    of_v, of_c = tile(o_c, o_v, HV * V, CONTIGUITY), o_c[:, None] * C + o_c[None, :]
+    v += (first * HV + i_h) * V
+    if not SUMMARY:
+        o += (first * HV + i_h) * V
+    if kept is not None:
+        i_kept = spans_before(cu_seqlens, i_n, T, interval)
+    # v and the decay are fetched a chunk ahead by hand: the compiler pipelines only what goes into products unchanged
+    b_v = tl.load(v + of_v, mask=inside(o_c, length, o_v, V, EVEN_V), other=0.0)
+    if not RECOMPUTE:
+        total = tl.load(last + i_c * K + o_k, mask=(o_k < K) & (length > 0), other=0.0)
+    for i_t in range(0, (length + C - 1) // C):
+        rest = length - i_t * C
+        if RECOMPUTE:
+            b_q, b_k, alpha = activated(
+                q, k, g, A_log, dt_bias, lower_bound, first + i_t * C, rest, i_h,
+                H, HV, K, BK, C, L2NORM, GATE, APPROXIMATE, CONTIGUITY,
+            )
+            before, after, total = decays(alpha, C, BK, LEVELS)
+            qb, kb, ka, decay = (b_q * before).to(OPERAND), (b_k * before).to(OPERAND), (b_k * after).to(OPERAND), total
+        else:
+            kb, ka = load_rows(k_before, i_c, K, BK, C, CONTIGUITY), load_rows(k_after, i_c, K, BK, C, CONTIGUITY)
+            decay = total[None, :]
+        b_X = tl.load(X + i_c * (C * C) + of_c)
+        if kept is not None:
+            position = begin + i_t * C
+            if position % interval == 0:
+                of_kept = state_offsets((i_kept + position // interval) * HV + i_h, o_v, o_k, K, V, V_FIRST)
+                tl.store(kept + of_kept, S.to(kept.dtype.element_ty), mask=inside(o_v, V, o_k, K, EVEN_K))
+        narrow = S.to(OPERAND)
+        r = tl.trans(b_v).to(tl.float32) - tl.dot(narrow, tl.trans(kb), input_precision="ieee")
+        delta = tl.dot(r.to(OPERAND), tl.trans(b_X), input_precision="ieee").to(OPERAND)
+        if not SUMMARY:
+            if not RECOMPUTE:
+                qb = load_rows(q_before, i_c, K, BK, C, CONTIGUITY)
+            b_o = tl.dot(narrow, tl.trans(qb), input_precision="ieee")
+            b_A = tl.load(A + i_c * (C * C) + of_c)
+            b_o = tl.trans(tl.dot(delta, tl.trans(b_A), b_o, input_precision="ieee") * scale)
+            tl.store(o + of_v, b_o.to(o.dtype.element_ty), mask=inside(o_c, rest, o_v, V, EVEN_V))
+            o += C * HV * V
+        S = tl.dot(delta, ka, S * decay, input_precision="ieee")
+        i_c += HV
+        v += C * HV * V
+        b_v = tl.load(v + of_v, mask=inside(o_c, rest - C, o_v, V, EVEN_V), other=0.0)
+        if not RECOMPUTE:
+            total = tl.load(last + i_c * K + o_k, mask=(o_k < K) & (rest > C), other=0.0)
+    if SUMMARY:
+        o_s = tl.where(i_v < VALUES, o_v, V + o_v - VALUES * BV)
+        of_entering = ((i_s * HV + i_h) * (V + K) + o_s[:, None]) * K + o_k[None, :]
+        tl.store(entering + of_entering, S, mask=inside(o_s, tl.where(i_v < VALUES, V, V + K), o_k, K, EVEN_K))
+    elif final is not None:
+        if leaves:
+            of_final = state_offsets(i_n * HV + i_h, o_v, o_k, K, V, V_FIRST)
+            tl.store(final + of_final, S, mask=inside(o_v, V, o_k, K, EVEN_K))
+
+
+@triton.jit(do_not_specialize=["T", "N", "segment"])
+def combine(
+    entering, initial, cu_seqlens, T, N, segment,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PIECE: tl.constexpr,
+    V_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Turn what the segments of one sequence leave, and their transitions, into the states that enter them, in place.
+
+        S_0 = initial state,   S_(i+1) = where segment i leaves a zero state + transition_i S_i
+
+    BV columns of one head at a time, transposed; the transition is read in pieces of PIECE rows.
+    """
+    VALUES: tl.constexpr = (V + BV - 1) // BV
+    EVEN_K: tl.constexpr = K == BK
+    program = tl.program_id(0).to(tl.int64)
+    i_v, i_h, i_n = (program % VALUES).to(tl.int32), (program // VALUES % HV).to(tl.int32), program // (VALUES * HV)
+    o_v, o_k, o_p = i_v * BV + tl.arange(0, BV), tl.arange(0, BK), tl.arange(0, PIECE)
+    pieces = tl.arange(0, BK // PIECE)[None, :, None]
+    mask = inside(o_v, V, o_k, K, EVEN_K)
+    S = tl.zeros([BV, BK], tl.float32)
+    if initial is not None:
+        of_initial = state_offsets(i_n * HV + i_h, o_v, o_k, K, V, V_FIRST)
+        S = tl.load(initial + of_initial, mask=mask, other=0.0).to(tl.float32)
+    _, length = bounds(cu_seqlens, i_n, T)
+    i_s = (first_slot(cu_seqlens, i_n, T, segment) * HV + i_h) * (V + K)
+    for i_t in range(0, tl.maximum((length + segment - 1) // segment, 1)):
+        of_state = (i_s + o_v[:, None]) * K + o_k[None, :]
+        left = tl.load(entering + of_state, mask=mask & (length > (i_t + 1) * segment), other=0.0)
+        tl.store(entering + of_state, S, mask=mask)
+        if length > (i_t + 1) * segment:
+            parts = tl.reshape(S, (BV, BK // PIECE, PIECE))
+            for p in range(BK // PIECE):
+                of_transition = (i_s + V + p * PIECE + o_p[:, None]) * K + o_k[None, :]
+                transition = tl.load(
+                    entering + of_transition, mask=inside(p * PIECE + o_p, K, o_k, K, EVEN_K), other=0.0
+                )
+                part = tl.sum(tl.where(pieces == p, parts, 0.0), 1)
+                left = tl.dot(part, transition, left, input_precision=PRECISION)
+            S = left
+        i_s += HV * (V + K)
+
+
+OPERANDS = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
+
+COMBINED_COLUMNS = 16
+"""Value channels of one program of `combine`: the fewest that a matrix instruction takes."""
+MOST_WALKS = 0.25
+"""Segments pay only where the walk alone fills less than this share of the processors: they take 3 times the work."""
+SEGMENT_CHUNKS = 16
+"""Fewest chunks of a segment: below, the combination costs what the walk saves."""
+RESIDENT = 2
+"""Programs of the walk that fit a processor at once: 4 warps of some 200 registers."""
+
+
+def segments_by_rule(problem: Problem, config: ChunkTritonConfig, target: Target) -> int:
+    """Return into how many segments T is cut: 1 unless there are few sequences and heads, and many chunks.
+
+    A segment is walked twice, the first time with K columns more. So with W programs of one walk and R that the
+    processors hold at once, G = R / (2 W) segments fill the processors; they pay from G = 4 on.
+    """
+    walks = problem.N * problem.HV * -(-problem.V // value_tile(problem, config))
+    segments = target.processors * RESIDENT // (2 * walks)
+    longest = problem.T // config.chunk_size // SEGMENT_CHUNKS
+    return min(segments, longest) if segments * MOST_WALKS >= 1 and longest * MOST_WALKS >= 1 else 1
+
+
+def value_tile(problem: Problem, config: ChunkTritonConfig) -> int:
+    """Return BV: the configured tile, or all value channels where they are fewer."""
+    return min(config.value_tile, tile_of(problem.V))
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(problem: Problem, config: ChunkTritonConfig, target: Target) -> Plan:
+    """Return the launches and the workspace of one call."""
+    C, chunks = config.chunk_size, (problem.spans(config.chunk_size), problem.HV)
+    cut = config.segments or segments_by_rule(problem, config, target)
+    segment = C * -(-problem.T // (C * cut))
+    rows, squares = (problem.dtype, (*chunks, C, problem.K)), (problem.dtype, (*chunks, C, C))
+    workspace = {"A": squares, "X": squares}
+    if not config.recompute:
+        workspace |= {"q_before": rows, "k_before": rows, "k_after": rows, "last": ("float32", (*chunks, problem.K))}
+    launches = [_intra(problem, config, target)]
+    if segment < problem.T:
+        segments = problem.spans(segment)
+        workspace["entering"] = ("float32", (segments, problem.HV, problem.V + problem.K, problem.K))
+        launches += [_walk(problem, config, target, segments, "summary"), _combine(problem, config, target)]
+        launches.append(_walk(problem, config, target, segments, "segments"))
+    else:
+        launches.append(_walk(problem, config, target, problem.N, "sequences"))
+    return Plan(tuple(launches), workspace, {"segment": segment})
+
+
+def _constants(problem: Problem, config: ChunkTritonConfig, target: Target) -> dict:
+    C = config.chunk_size
+    return {
+        **{name: getattr(problem, name) for name in ("H", "HV", "K", "V", "BK")},
+        "BV": value_tile(problem, config),
+        "C": C,
+        "TILES": config.intra_tiles,
+        "LEVELS": C.bit_length() - 1,
+        "L2NORM": problem.l2norm,
+        "GATE": problem.gate,
+        "SIGMOID": problem.sigmoid,
+        "V_FIRST": problem.v_first,
+        "OPERAND": OPERANDS[problem.dtype],
+        "PRECISION": inverse_precision(problem, target),
+        "APPROXIMATE": narrow(problem.dtype) and target.nvidia,
+        "RECOMPUTE": config.recompute,
+    }
+
+
+def _parameters(problem: Problem) -> tuple[str, ...]:
+    present = {"A_log": problem.A_log, "dt_bias": problem.dt_bias, "cu_seqlens": problem.packed}
+    return tuple(name for name, is_there in present.items() if is_there)
+
+
+_STORED = ("q_before", "k_before", "k_after", "last")
+
+
+def _intra(problem: Problem, config: ChunkTritonConfig, target: Target) -> Launch:
+    constants = _constants(problem, config, target)
+    constants |= {"LEVELS": (config.chunk_size // config.intra_tiles).bit_length() - 1}
+    return Launch(
+        name="intra",
+        kernel=intra,
+        programs=problem.spans(config.chunk_size) * problem.HV,
+        buffers=("q", "k", "g", "beta", "A", "X", *_parameters(problem), *(() if config.recompute else _STORED)),
+        constants=constants | {"CONTIGUITY": config.intra_contiguity},
+        options=options(config.intra_warps, config.intra_stages, config.intra_registers),
+    )
+
+
+def _walk(problem: Problem, config: ChunkTritonConfig, target: Target, runs: int, mode: str) -> Launch:
+    BV, summary = value_tile(problem, config), mode == "summary"
+    columns = -(-problem.V // BV) + (-(-problem.K // BV) if summary else 0)
+    wanted = {
+        "q_before": not (summary or config.recompute),
+        **dict.fromkeys(_STORED[1:], not config.recompute),
+        **dict.fromkeys(("q", "k", "g"), config.recompute),
+        "initial": problem.initial and mode == "sequences",
+        "entering": mode != "sequences",
+        **dict.fromkeys(("A", "o"), not summary),
+        "final": problem.final and not summary,
+        "kept": problem.keeps and not summary,
+    }
+    return Launch(
+        name="summary" if summary else "walk",
+        kernel=walk,
+        programs=runs * problem.HV * columns,
+        buffers=("v", "X", *_parameters(problem), *(name for name, asked in wanted.items() if asked)),
+        constants=_constants(problem, config, target) | {"CONTIGUITY": config.walk_contiguity, "SUMMARY": summary},
+        options=options(config.walk_warps, config.walk_stages, config.walk_registers),
+    )
+
+
+def _combine(problem: Problem, config: ChunkTritonConfig, target: Target) -> Launch:
+    precision = "tf32x3" if narrow(problem.dtype) and target.nvidia else "ieee"
+    return Launch(
+        name="combine",
+        kernel=combine,
+        programs=problem.N * problem.HV * -(-problem.V // COMBINED_COLUMNS),
+        buffers=("entering", *(("initial",) if problem.initial else ()), *(("cu_seqlens",) if problem.packed else ())),
+        constants=_constants(problem, config, target)
+        | {"BV": COMBINED_COLUMNS, "PIECE": min(32, problem.BK), "PRECISION": precision},
+        options=options(4, 2),
+    )
+
+
+def chunk_triton(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
+    """Return (o [B, T, HV, V], final state [N, HV, K, V] or None); arguments as `impls.chunk_kda`.
+
+    config: a ChunkTritonConfig. Raises as `configs.chunk_triton_config` and `call.call_raw` do. Not differentiable.
+    """
+    K, V, dtype = q.shape[-1], v.shape[-1], DTYPE_NAMES[q.dtype]
+    config = chunk_triton_config(config, chunk_size, K, V, dtype, target_of(q.device))
+    launch = [int(x) for x in astuple(config)]
+    return call_raw(op, q, k, v, g, beta, launch=launch, chunk_size=config.chunk_size, **keywords)
+
+
+def _plan_of(problem: Problem, target: Target, launch: tuple[int, ...]) -> Plan:
+    return plan(problem, ChunkTritonConfig(*launch), target)
+
+
+op = register_raw("chunk_triton", forward_of(_plan_of))

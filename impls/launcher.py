@@ -1,0 +1,67 @@
+"""Run a plan on tensors: check the packing, allocate outputs and workspace, launch the kernels in order."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+
+from impls.checks import DTYPE_NAMES, bounds_of
+from impls.plan import Plan, Problem
+from impls.targets import Target
+from impls.targets import of as target_of
+
+Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def forward_of(plan_of: Callable[[Problem, Target, tuple[int, ...]], Plan]) -> Callable[..., Tensors3]:
+    """Return the forward of an op for `registration.register_raw` that runs plan_of(problem, target, launch)."""
+
+    def forward(
+        q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, l2norm,
+        gate, sigmoid, state_v_first, output_final_state, state_interval, launch,
+    ):  # fmt: skip
+        (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+        packed = cu_seqlens is not None
+        problem = Problem(
+            B=B, T=T, N=cu_seqlens.shape[0] - 1 if packed else B, H=H, HV=HV, K=K, V=V, dtype=DTYPE_NAMES[q.dtype],
+            packed=packed, l2norm=l2norm, gate=gate, sigmoid=sigmoid, A_log=A_log is not None,
+            dt_bias=dt_bias is not None, initial=initial_state is not None, final=output_final_state,
+            keeps=state_interval > 0, v_first=state_v_first,
+        )  # fmt: skip
+        _check_values(q, cu_seqlens, cu_seqlens_cpu)
+        plan = plan_of(problem, target_of(q.device), tuple(launch))
+        given = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias,
+                 "initial": initial_state, "cu_seqlens": cu_seqlens}  # fmt: skip
+        buffers = {name: x.contiguous() for name, x in given.items() if x is not None}
+        outputs = _outputs(problem, v, state_interval, cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu)
+        workspace = {
+            name: v.new_empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in plan.workspace.items()
+        }
+        scalars = {"T": T, "N": problem.N, "interval": state_interval, "scale": scale, "lower_bound": lower_bound or 0.0}
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+            for launch in plan.launches:
+                launch.run(buffers | outputs | workspace, scalars | plan.scalars)
+        return outputs["o"], outputs["final"], outputs["kept"]
+
+    return forward
+
+
+def _check_values(q: torch.Tensor, cu_seqlens, cu_seqlens_cpu) -> None:
+    """Check cu_seqlens where that waits for no device; elsewhere the kernels clamp."""
+    on_host = cu_seqlens if q.device.type == "cpu" else cu_seqlens_cpu
+    bounds_of(on_host, q.shape[1])
+
+
+def _outputs(problem: Problem, v: torch.Tensor, interval: int, packing) -> dict[str, torch.Tensor]:
+    p = problem
+    state = (p.HV, p.V, p.K) if p.v_first else (p.HV, p.K, p.V)
+    kept = (0,)
+    if p.keeps:
+        bounds = [0, p.T] if packing is None else packing.tolist()
+        NT = sum(-(-(last - first) // interval) for first, last in zip(bounds, bounds[1:], strict=False))
+        kept = (p.B, NT, *state)
+    return {
+        "o": v.new_empty(v.shape),
+        "final": v.new_empty((p.N, *state) if p.final else (0,), dtype=torch.float32),
+        "kept": v.new_empty(kept),
+    }
