@@ -42,7 +42,8 @@ def provenance(data: dict) -> str:
     changed = " with changes" if commit and commit["changed"] else ""
     at = f", commit {commit['commit'][:12]}{changed}" if commit else ""
     note = f"\n{escape(data['note'])}" if data["note"] else ""
-    return f"[bold]{escape(device['name'])}[/]{driver}; {versions}{at}; {data['updated']}{note}"
+    text = f"{driver}; {versions}{at}; {data['updated']}"
+    return f"[bold]{escape(device['name'])}[/]{escape(text)}{note}"
 
 
 def ceilings(data: dict) -> str:
