@@ -133,28 +133,12 @@ def call_raw(
 ) -> tuple[torch.Tensor, ...]:
     """Check the keywords and call an op of `registration.register_raw`, which activates inside; as `call_activated`."""
     call = checked(q, k, v, g, beta, chunk_size=chunk_size, **keywords)
-    outputs = op(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        call.A_log,
-        call.dt_bias,
-        call.initial_state,
-        call.cu_seqlens,
-        call.cu_seqlens_cpu,
-        call.scale,
-        call.lower_bound,
-        call.l2norm,
-        call.gate,
-        call.sigmoid,
-        call.state_v_first,
-        call.output_final_state,
-        call.interval,
-        launch,
-    )
-    return _returned(call, *outputs)
+    o, S, h = op(
+        q, k, v, g, beta, call.A_log, call.dt_bias, call.initial_state, call.cu_seqlens, call.cu_seqlens_cpu,
+        call.scale, call.lower_bound, call.l2norm, call.gate, call.sigmoid, call.state_v_first,
+        call.output_final_state, call.interval, launch,
+    )  # fmt: skip
+    return _returned(call, o, S, h.to(v.dtype))
 
 
 def _returned(call: Call, o: torch.Tensor, S: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, ...]:

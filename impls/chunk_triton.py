@@ -78,7 +78,8 @@ def worked(
 def store_rows(x, b_x, i_r, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CONTIGUITY: tl.constexpr):
     """Store b_x [C, BK] at x [.., C, K], tile i_r."""
     o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
-    tl.store(x + i_r * (C * K) + tile(o_c, o_k, K, CONTIGUITY), b_x.to(x.dtype.element_ty), mask=inside(o_c, C, o_k, K, K == BK))
+    offsets = i_r * (C * K) + tile(o_c, o_k, K, CONTIGUITY)
+    tl.store(x + offsets, b_x.to(x.dtype.element_ty), mask=inside(o_c, C, o_k, K, K == BK))
 
 
 @triton.jit
@@ -157,20 +158,22 @@ def load_rows(x, i_c, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CONTIG
 
 @triton.jit(do_not_specialize=["T", "N", "segment", "interval"])
 def walk(
-    q_before, k_before, k_after, last, q, k, g, A_log, dt_bias, v, A, X, cu_seqlens, initial, entering, o, final, kept,
-    T, N, segment, interval, scale, lower_bound,
+    q_before, k_before, k_after, last, q, k, g, A_log, dt_bias, v, A, X, cu_seqlens, initial, entering, left, o, final,
+    kept, T, N, segment, interval, scale, lower_bound,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr, L2NORM: tl.constexpr, GATE: tl.constexpr, V_FIRST: tl.constexpr,
-    OPERAND: tl.constexpr, APPROXIMATE: tl.constexpr, CONTIGUITY: tl.constexpr,
-    RECOMPUTE: tl.constexpr, SUMMARY: tl.constexpr,
+    OPERAND: tl.constexpr, APPROXIMATE: tl.constexpr, CONTIGUITY: tl.constexpr, RECOMPUTE: tl.constexpr,
 ):
     """Walk over the chunks of one sequence or segment with BV columns of one head's state, transposed: S [BV, BK].
 
         delta = X diag(beta) (v - (k before) S)   o = scale ((q before) S + A delta)   S <- total S + (k after)^T delta
 
-    As a SUMMARY it writes no outputs but, into `entering`, where a segment leaves a zero state, and behind the V
-    columns of that the K columns of its transition: where it leaves the unit vectors without any v.
+    With `entering` it walks over segments, from the states that enter them. With `left` it writes no outputs but where
+    a segment leaves a zero state, and behind the V columns of that the K columns of its transition: where it leaves
+    the unit vectors without any v.
     """
+    SUMMARY: tl.constexpr = left is not None
+    SEGMENTED: tl.constexpr = SUMMARY or entering is not None
     VALUES: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = VALUES + (K + BV - 1) // BV if SUMMARY else VALUES
     EVEN_K: tl.constexpr = K == BK
@@ -178,23 +181,23 @@ def walk(
     program = tl.program_id(0).to(tl.int64)
     i_v, i_h, i_s = (program % TILES).to(tl.int32), (program // TILES % HV).to(tl.int32), program // (TILES * HV)
     i_n, begin = i_s, 0 * program
-    if entering is not None:
+    if SEGMENTED:
         i_n = owner(cu_seqlens, i_s, T, N, segment)
         begin = (i_s - first_slot(cu_seqlens, i_n, T, segment)) * segment
     first, length = bounds(cu_seqlens, i_n, T)
     length = (length - begin).to(tl.int32)
     leaves = True
-    if entering is not None:
+    if SEGMENTED:
         leaves = length <= segment
         if (length <= 0 and begin > 0) or (SUMMARY and leaves):
             return
         length = tl.minimum(length, segment)
     first += begin
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    of_entering = ((i_s * HV + i_h) * (V + K) + o_v[:, None]) * K + o_k[None, :]
     if SUMMARY:
         S = tl.where((o_v - VALUES * BV)[:, None] == o_k[None, :], 1.0, 0.0)
     elif entering is not None:
+        of_entering = state_offsets(i_s * HV + i_h, o_v, o_k, K, V, True)
         S = tl.load(entering + of_entering, mask=inside(o_v, V, o_k, K, EVEN_K), other=0.0)
     elif initial is not None:
         of_initial = state_offsets(i_n * HV + i_h, o_v, o_k, K, V, V_FIRST)
@@ -249,9 +252,9 @@ def walk(
             total = tl.load(last + i_c * K + o_k, mask=(o_k < K) & (rest > C), other=0.0)
     if SUMMARY:
         o_s = tl.where(i_v < VALUES, o_v, V + o_v - VALUES * BV)
-        of_entering = ((i_s * HV + i_h) * (V + K) + o_s[:, None]) * K + o_k[None, :]
-        tl.store(entering + of_entering, S, mask=inside(o_s, tl.where(i_v < VALUES, V, V + K), o_k, K, EVEN_K))
-    elif final is not None:
+        of_left = ((i_s * HV + i_h) * (V + K) + o_s[:, None]) * K + o_k[None, :]
+        tl.store(left + of_left, S, mask=inside(o_s, tl.where(i_v < VALUES, V, V + K), o_k, K, EVEN_K))
+    elif final is not None:  # noqa: SIM102 - what is known when compiling is not mixed with what is not
         if leaves:
             of_final = state_offsets(i_n * HV + i_h, o_v, o_k, K, V, V_FIRST)
             tl.store(final + of_final, S, mask=inside(o_v, V, o_k, K, EVEN_K))
@@ -259,11 +262,11 @@ def walk(
 
 @triton.jit(do_not_specialize=["T", "N", "segment"])
 def combine(
-    entering, initial, cu_seqlens, T, N, segment,
+    left, entering, initial, cu_seqlens, T, N, segment,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PIECE: tl.constexpr,
     V_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Turn what the segments of one sequence leave, and their transitions, into the states that enter them, in place.
+    """Turn what the segments of one sequence leave, and their transitions, into the states that enter them.
 
         S_0 = initial state,   S_(i+1) = where segment i leaves a zero state + transition_i S_i
 
@@ -281,22 +284,21 @@ def combine(
         of_initial = state_offsets(i_n * HV + i_h, o_v, o_k, K, V, V_FIRST)
         S = tl.load(initial + of_initial, mask=mask, other=0.0).to(tl.float32)
     _, length = bounds(cu_seqlens, i_n, T)
-    i_s = (first_slot(cu_seqlens, i_n, T, segment) * HV + i_h) * (V + K)
+    i_s = first_slot(cu_seqlens, i_n, T, segment) * HV + i_h
     for i_t in range(0, tl.maximum((length + segment - 1) // segment, 1)):
-        of_state = (i_s + o_v[:, None]) * K + o_k[None, :]
-        left = tl.load(entering + of_state, mask=mask & (length > (i_t + 1) * segment), other=0.0)
-        tl.store(entering + of_state, S, mask=mask)
+        tl.store(entering + state_offsets(i_s, o_v, o_k, K, V, True), S, mask=mask)
         if length > (i_t + 1) * segment:
+            row = i_s * (V + K)
+            following = tl.load(left + (row + o_v[:, None]) * K + o_k[None, :], mask=mask, other=0.0)
             parts = tl.reshape(S, (BV, BK // PIECE, PIECE))
             for p in range(BK // PIECE):
-                of_transition = (i_s + V + p * PIECE + o_p[:, None]) * K + o_k[None, :]
-                transition = tl.load(
-                    entering + of_transition, mask=inside(p * PIECE + o_p, K, o_k, K, EVEN_K), other=0.0
-                )
+                o_j = p * PIECE + o_p
+                of_transition = (row + V + o_j[:, None]) * K + o_k[None, :]
+                transition = tl.load(left + of_transition, mask=inside(o_j, K, o_k, K, EVEN_K), other=0.0)
                 part = tl.sum(tl.where(pieces == p, parts, 0.0), 1)
-                left = tl.dot(part, transition, left, input_precision=PRECISION)
-            S = left
-        i_s += HV * (V + K)
+                following = tl.dot(part, transition, following, input_precision=PRECISION)
+            S = following
+        i_s += HV
 
 
 OPERANDS = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
@@ -341,7 +343,8 @@ def plan(problem: Problem, config: ChunkTritonConfig, target: Target) -> Plan:
     launches = [_intra(problem, config, target)]
     if segment < problem.T:
         segments = problem.spans(segment)
-        workspace["entering"] = ("float32", (segments, problem.HV, problem.V + problem.K, problem.K))
+        workspace["left"] = ("float32", (segments, problem.HV, problem.V + problem.K, problem.K))
+        workspace["entering"] = ("float32", (segments, problem.HV, problem.V, problem.K))
         launches += [_walk(problem, config, target, segments, "summary"), _combine(problem, config, target)]
         launches.append(_walk(problem, config, target, segments, "segments"))
     else:
@@ -397,7 +400,8 @@ def _walk(problem: Problem, config: ChunkTritonConfig, target: Target, runs: int
         **dict.fromkeys(_STORED[1:], not config.recompute),
         **dict.fromkeys(("q", "k", "g"), config.recompute),
         "initial": problem.initial and mode == "sequences",
-        "entering": mode != "sequences",
+        "left": summary,
+        "entering": mode == "segments",
         **dict.fromkeys(("A", "o"), not summary),
         "final": problem.final and not summary,
         "kept": problem.keeps and not summary,
@@ -407,18 +411,19 @@ def _walk(problem: Problem, config: ChunkTritonConfig, target: Target, runs: int
         kernel=walk,
         programs=runs * problem.HV * columns,
         buffers=("v", "X", *_parameters(problem), *(name for name, asked in wanted.items() if asked)),
-        constants=_constants(problem, config, target) | {"CONTIGUITY": config.walk_contiguity, "SUMMARY": summary},
+        constants=_constants(problem, config, target) | {"CONTIGUITY": config.walk_contiguity},
         options=options(config.walk_warps, config.walk_stages, config.walk_registers),
     )
 
 
 def _combine(problem: Problem, config: ChunkTritonConfig, target: Target) -> Launch:
     precision = "tf32x3" if narrow(problem.dtype) and target.nvidia else "ieee"
+    optional = {"initial": problem.initial, "cu_seqlens": problem.packed}
     return Launch(
         name="combine",
         kernel=combine,
         programs=problem.N * problem.HV * -(-problem.V // COMBINED_COLUMNS),
-        buffers=("entering", *(("initial",) if problem.initial else ()), *(("cu_seqlens",) if problem.packed else ())),
+        buffers=("left", "entering", *(name for name, is_there in optional.items() if is_there)),
         constants=_constants(problem, config, target)
         | {"BV": COMBINED_COLUMNS, "PIECE": min(32, problem.BK), "PRECISION": precision},
         options=options(4, 2),

@@ -37,10 +37,11 @@ def forward_of(plan_of: Callable[[Problem, Target, tuple[int, ...]], Plan]) -> C
         workspace = {
             name: v.new_empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in plan.workspace.items()
         }
-        scalars = {"T": T, "N": problem.N, "interval": state_interval, "scale": scale, "lower_bound": lower_bound or 0.0}
+        numbers = {"interval": state_interval, "scale": scale, "lower_bound": lower_bound or 0.0}
+        scalars = {"T": T, "N": problem.N, **numbers, **plan.scalars}
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
             for launch in plan.launches:
-                launch.run(buffers | outputs | workspace, scalars | plan.scalars)
+                launch.run(buffers | outputs | workspace, scalars)
         return outputs["o"], outputs["final"], outputs["kept"]
 
     return forward
@@ -63,5 +64,5 @@ def _outputs(problem: Problem, v: torch.Tensor, interval: int, packing) -> dict[
     return {
         "o": v.new_empty(v.shape),
         "final": v.new_empty((p.N, *state) if p.final else (0,), dtype=torch.float32),
-        "kept": v.new_empty(kept),
+        "kept": v.new_empty(kept, dtype=torch.float32),
     }

@@ -64,7 +64,7 @@ def recurrent(
         n_q, n_k = tl.load(q + o_k, mask=m_k & some, other=0.0), tl.load(k + o_k, mask=m_k & some, other=0.0)
         n_g, n_v = tl.load(g + o_k, mask=m_k & some, other=0.0), tl.load(v + o_v, mask=m_v & some, other=0.0)
         n_beta = tl.load(beta, mask=some, other=0.0)
-        if kept is not None:
+        if kept is not None:  # noqa: SIM102 - what is known when compiling is not mixed with what is not
             if i_t % interval == 0:
                 of_kept = state_offsets((i_kept + i_t // interval) * HV + i_h, o_v, o_k, K, V, V_FIRST)
                 tl.store(kept + of_kept, S.to(kept.dtype.element_ty), mask=m_s)
@@ -112,7 +112,8 @@ def recurrent_triton(q, k, v, g, beta, *, config=None, chunk_size=None, **keywor
     config: a RecurrentTritonConfig. Raises as `configs.recurrent_triton_config` and `call.call_raw` do. Not
     differentiable.
     """
-    config = recurrent_triton_config(config, chunk_size, q.shape[-1], v.shape[-1], DTYPE_NAMES[q.dtype], target_of(q.device))
+    K, V, dtype = q.shape[-1], v.shape[-1], DTYPE_NAMES[q.dtype]
+    config = recurrent_triton_config(config, chunk_size, K, V, dtype, target_of(q.device))
     launch = [int(x) for x in astuple(config)]
     return call_raw(op, q, k, v, g, beta, launch=launch, chunk_size=1, **keywords)
 

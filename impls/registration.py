@@ -158,7 +158,8 @@ def register_raw(name: str, forward: Callable) -> Callable:
 
     forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, l2norm,
     gate, sigmoid, state_v_first, output_final_state, state_interval, launch) takes the fields of `call.Call` and
-    returns what `register` says of its forward, states being [.., V, K] where state_v_first.
+    returns what `register` says of its forward, but with states [.., V, K] where state_v_first, and the intermediate
+    ones in float32: those, and the inputs, are what a backward needs saved.
     """
 
     @torch.library.custom_op(f"kda_forge::{name}", mutates_args=())
@@ -194,10 +195,8 @@ def register_raw(name: str, forward: Callable) -> Callable:
 
 def _fake_raw(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, l2norm,
               gate, sigmoid, state_v_first, output_final_state, state_interval, launch):  # fmt: skip
-    states = _fake_forward(
+    o, S, h = _fake_forward(
         q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch
     )
-    if not state_v_first:
-        return states
-    o, S, h = states
-    return o, *(x.new_empty((*x.shape[:-2], x.shape[-1], x.shape[-2])) if x.ndim > 1 else x for x in (S, h))
+    turned = ((*x.shape[:-2], x.shape[-1], x.shape[-2]) if state_v_first and x.ndim > 1 else x.shape for x in (S, h))
+    return o, *(v.new_empty(shape, dtype=torch.float32) for shape in turned)

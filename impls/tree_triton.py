@@ -67,7 +67,7 @@ def level(
     q, k, before, after, n: tl.constexpr, M: tl.constexpr, s: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr,
 ):
-    """Return what merging groups of s = 2^n tokens adds to A and L [C, C]: late rows of q, of k, times early rows of k."""
+    """Return what merging groups of s = 2^n tokens adds to A and L [C, C]: late rows of q and k times early k."""
     _, before_late = halves(before, M, s, BK)
     after_early, _ = halves(after, M, s, BK)
     k_early, k_late = halves(k, M, s, BK)
