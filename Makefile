@@ -56,13 +56,13 @@ $(BASE): pyproject.toml constraints.txt $(BIN)/python
 	@test -e $@ || { $(CHECK_PYTHON) && echo "== creating $(VENV) with $$($(PYTHON) --version)" && $(PYTHON) -m venv --clear $(VENV); }
 	@echo "== installing kda-forge into $(VENV)"
 	@rm -f $@
-	@$(INSTALL) -e .
+	@$(INSTALL) -e ".[triton]"
 	@touch $@
 
 $(TEST) $(PEERS): $(VENV)/.installed-%: $(BASE)
 	@echo "== installing kda-forge[$*] into $(VENV)"
 	@mv $(BASE) $(VENV)/.unfinished
-	@$(INSTALL) -e ".[$*]"
+	@$(INSTALL) -e ".[triton,$*]"
 	@mv $(VENV)/.unfinished $(BASE)
 	@touch $@
 
