@@ -15,6 +15,8 @@ WIDE = 150
 """Columns where nobody watches: a table folded at 80 cannot be read in a log."""
 DISAGREES = 0.05
 """Relative difference from ours behind which two outputs are not the same function in bfloat16."""
+NOISY = 0.25
+"""Quartiles further apart than this share of the median: something else was running, and a time says little."""
 HEADINGS = {"launched": "launched from Python", "graph": "CUDA graph"}
 
 
@@ -147,5 +149,8 @@ def _complaints(entry: dict) -> Iterator[str]:
     if entry["message"] and entry["status"] != "not verified":
         yield f"[yellow]{entry['status']}[/]: {escape(entry['message'])}"
     yield from (f"[yellow]{mode} failed[/]: {escape(message)}" for mode, message in entry["failures"].items())
+    for mode, spread in entry["ms"].items():
+        if (apart := (spread["high"] - spread["low"]) / spread["median"]) > NOISY:
+            yield f"[yellow]noisy[/]: {mode}, quartiles {apart:.0%} of the median apart"
     if entry["errors"] and not _worst(entry) <= DISAGREES:
         yield f"[bold red]OUTPUTS DIFFER[/] from ours by {_worst(entry):.1e}: one of the two is wrong"

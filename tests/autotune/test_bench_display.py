@@ -101,6 +101,14 @@ def test_a_wrong_answer_is_shouted_about():
     assert "not measured (the time box ran out): t1024-h4-bounded" in text
 
 
+def test_a_noisy_time_is_called_that():
+    assert "noisy" not in printed(*display.remarks(DATA, [CASE], []))
+    case = deepcopy(CASE)
+    case["implementations"][0]["ms"]["graph"] |= {"median": 1.0, "low": 0.5, "high": 2.0}
+    text = printed(*display.remarks(DATA, [case], []))
+    assert "chunk_triton: noisy: graph, quartiles 150% of the median apart" in text and text.count("noisy") == 1
+
+
 def test_what_failed_verification_is_shouted_about():
     data = deepcopy(DATA)
     data["verification"]["chunk_triton"] = {"code": 1, "outcome": "failed", "reason": None, "failed": ["causality"]}
