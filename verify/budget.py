@@ -19,13 +19,18 @@ class Budget:
     """How much of a profile is tried in the interpreter."""
 
     asked: int
-    """Recipes on which a property is asked, for every dtype."""
+    """Recipes on which a property is asked, for every dtype: a quarter of them with gates of minus infinity."""
     tokens: int
     """Longest sequence, or longest packed pair of sequences."""
     units: int
     """Work of all calls for one dtype, after which no recipe is begun: see `cost`."""
     shrinking: int
     """Work of the calls that make one failure small."""
+
+    def quota(self, infinite: bool) -> int:
+        """Return the recipes with gates of minus infinity, or without, on which a property is asked."""
+        of_infinite = max(1, self.asked // 4)
+        return of_infinite if infinite else self.asked - of_infinite
 
     def words(self) -> str:
         """Say in one line what was applied."""
@@ -35,7 +40,7 @@ class Budget:
         )
 
 
-HEADS = (1, 1, 2)
+HEADS = (1, 1, 1, 2)
 """What sizes B, H and HV / H are drawn from in the interpreter."""
 
 INTERPRETED = {

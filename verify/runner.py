@@ -48,12 +48,12 @@ class Tally:
 
     counts: dict[str, int] = field(default_factory=lambda: {"cases": 0, "rows": 0, "runs": 0, "discarded": 0})
     judged: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Recipes by property and dtype."""
+    """Recipes by property (those with gates of minus infinity apart) and dtype."""
     empty: set[str] = field(default_factory=set)
 
     def missing(self, chosen: list[Property]) -> list[Property]:
         """Return the properties that compared nothing."""
-        names = {name for name, _ in self.judged}
+        names = {name.removesuffix(records.INFINITE) for name, _ in self.judged}
         return [p for p in chosen if p.name not in names]
 
 
@@ -237,7 +237,8 @@ def _generate(
         recipe = drawn(strategy, _seed(plan, dtype, number))
         trial, asked = Trial(target, recipe), chosen
         if budget:
-            asked = [p for p in chosen if tally.judged[p.name, dtype] < budget.asked and p.applies(trial)]
+            quota, suffix = budget.quota(recipe.infinite), records.INFINITE if recipe.infinite else ""
+            asked = [p for p in chosen if tally.judged[p.name + suffix, dtype] < quota and p.applies(trial)]
             if not asked or units >= budget.units:
                 continue
         failures = _judge_case(plan, trial, asked, tally, emit)
@@ -260,7 +261,7 @@ def _judge_case(
             tally.empty.add(prop.name)
             counts["discarded"] += 1
             continue
-        tally.judged[prop.name, trial.recipe.dtype] += 1
+        tally.judged[name, trial.recipe.dtype] += 1
         counts["rows"] += sum(m.rows for m in measures)
         results[name] = records.outcome(worst)
         _largest_by_gate(gates, measures)
