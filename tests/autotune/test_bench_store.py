@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -10,6 +11,7 @@ from autotune import store
 from autotune.outcomes import UsageError
 from autotune.store import Store
 
+RESULTS = Path(__file__).parents[2] / "results"
 HEADER = {
     "identity": {
         "device": {"kind": "cuda", "name": "NVIDIA H200", "driver": "580.1", "units": 132, "memory_bytes": 1 << 37},
@@ -202,3 +204,8 @@ def test_what_ended_on_purpose_is_nobodys_death(path):
 def test_a_lost_device_is_remembered_at_once(path):
     opened(path).lost("t1024-h4-bounded", "fla", "the device was lost: illegal memory access")
     assert "illegal" in opened(path).casualty("t1024-h4-bounded", "fla")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_results_that_are_kept_can_be_read(path):
+    assert store.read(path)["cases"]
