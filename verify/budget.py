@@ -21,7 +21,7 @@ class Budget:
     asked: int
     """Recipes on which a property is asked, for every dtype: a quarter of them with gates of minus infinity."""
     tokens: int
-    """Longest sequence, or longest packed pair of sequences."""
+    """Longest sequence; up to four of half as many are packed."""
     units: int
     """Work of all calls for one dtype, after which no recipe is begun: see `cost`."""
     shrinking: int
@@ -35,8 +35,8 @@ class Budget:
     def words(self) -> str:
         """Say in one line what was applied."""
         return (
-            f"the interpreter's budget: each property on at most {self.asked} recipes a dtype, T <= {self.tokens}, "
-            f"H <= {max(HEADS)}, {self.units:,} units of work a dtype"
+            f"the interpreter's budget: each property on at most {self.asked} recipes a dtype, T <= {self.tokens} "
+            f"a sequence, H <= {max(HEADS)}, {self.units:,} units of work a dtype"
         )
 
 

@@ -27,19 +27,21 @@ def choose(asked: list[str], device: str | None) -> Choice:
     What a group holds and cannot run here is listed with the reason; what is named must run. Raises UsageError.
     """
     choice = Choice()
-    for name in asked:
+    for name in asked or ["all"]:
         if ":" in name:
             if not TARGET.fullmatch(name):
                 raise UsageError(f"expected package.module:function, got {name}")
             choice.devices[name] = device or "cpu"
-    for name, impl in [(name, impl) for name in asked or ["all"] if ":" not in name for impl in _rows(name)]:
-        reason = _reason(impl, device)
-        if reason and name == impl.name:
-            raise UsageError(reason)
-        if not reason:
-            choice.devices[impl.name] = device or first_device(impl)
-        elif asked or device is None:
-            choice.absent[impl.name] = reason
+        for impl in () if ":" in name else _rows(name):
+            reason = _reason(impl, device)
+            if reason and name == impl.name:
+                raise UsageError(reason)
+            if reason:
+                choice.absent[impl.name] = reason
+            else:
+                choice.devices[impl.name] = device or first_device(impl)
+    if not asked and device is not None:  # what a device runs was asked for, not the rest
+        choice.absent.clear()
     return choice
 
 

@@ -126,3 +126,10 @@ def bfloat16_only(q, k, v, g, beta, **keywords):
 
 
 not_callable = 3
+
+
+def only_compiled(q, k, v, g, beta, **keywords):
+    """Refuses to run where Triton would interpret."""
+    if "TRITON_INTERPRET" in os.environ:
+        raise RuntimeError("interpreted")
+    return float64_copy(q, k, v, g, beta, **keywords)

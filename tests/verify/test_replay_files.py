@@ -2,6 +2,9 @@
 
 import ast
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from verify.families import materialise
 from verify.mutants import CLEAN
 from verify.recipes import Recipe
 from verify.trial import Measure
+
+HERE = Path(__file__).parent
 
 
 def failure_of(target: str, **changes) -> dict:
@@ -45,6 +50,28 @@ def test_the_script_of_a_table_row_calls_that_row(tmp_path, target, monkeypatch)
     monkeypatch.setattr(ops, "find", find)
     exec(made_script(tmp_path, target=target), {"__name__": "__main__"})
     assert called == [target]
+
+
+def test_the_script_of_an_interpreted_kernel_interprets_with_bfloat16_mended(tmp_path):
+    recipe = Recipe(T=10, dtype="bfloat16")
+    made = {"recipe": recipe.to_json(), "inputs": materialise(recipe).digest(), "device": "interpret"}
+    replay.save(tmp_path, failure_of("interpreted_kernel:wrong_tenth", **made))
+    (path,) = tmp_path.glob("*.py")
+    paths = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True)
+    differences = [float(x.split()[-1]) for x in run.stdout.splitlines() if "largest difference" in x]
+    assert len(differences) == 2, run.stderr
+    assert 0.1 < max(differences) < 10
+
+
+@pytest.mark.parametrize("device, place", [("cpu", "cpu"), ("interpret", "cpu"), ("cuda:1", "cuda:1")])
+def test_a_script_puts_its_tensors_where_the_kernel_ran(tmp_path, device, place):
+    recipe = Recipe(T=2, lengths=(1, 1))
+    made = {"recipe": recipe.to_json(), "inputs": materialise(recipe).digest(), "device": device}
+    text = made_script(tmp_path, target="recurrent_torch", **made)
+    assert f".to({place!r}, dtype)" in text
+    assert f"torch.tensor([0, 1, 2], device={place!r})" in text
 
 
 @pytest.mark.parametrize("kernel, shown", [("state_forgotten", "got      None"), ("returns_o_only", "o\n  got      [")])

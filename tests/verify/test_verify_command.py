@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from verify import mutants, records, runner, selftest, session
+from verify import choice, mutants, records, runner, selftest, session
 from verify.__main__ import main
 from verify.mutants import CLEAN, MUTANTS
 from verify.plan import PROFILES
@@ -213,10 +213,10 @@ def test_exit_code_2_for_options_that_do_not_exist(capsys, arguments):
     assert "usage:" in capsys.readouterr().err
 
 
-def test_exit_code_3_where_nothing_in_the_table_runs(command):
-    ended = command("--device", "interpret")
-    assert ended.code == session.NOTHING, ended
-    assert "nothing ran" in ended.out
+def test_exit_code_3_where_nothing_in_the_table_runs(monkeypatch, capsys):
+    monkeypatch.setattr(choice, "IMPLEMENTATIONS", ())
+    assert main(["--device", "interpret"]) == session.NOTHING
+    assert "nothing ran: no implementation in the table runs on interpret" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
 
 from verify import interpreter
@@ -121,6 +122,12 @@ def test_a_second_repair_changes_nothing():
     before = {name: getattr(builder, name) for name in dir(builder)}
     repair()
     assert {name: getattr(builder, name) for name in dir(builder)} == before
+
+
+def test_a_launch_leaves_the_language_as_it_was():
+    before = [dict(vars(language)) for language in (tl, tl.core, tl.tensor)]
+    kernels.elementwise("sum", drawn(1, kernels.SIZE), drawn(2, kernels.SIZE))
+    assert [dict(vars(language)) for language in (tl, tl.core, tl.tensor)] == before
 
 
 def test_a_version_that_lacks_a_part_is_refused_by_name(monkeypatch):
