@@ -417,7 +417,7 @@ def _walk(problem: Problem, config: ChunkTritonConfig, target: Target, runs: int
 
 
 def _combine(problem: Problem, config: ChunkTritonConfig, target: Target) -> Launch:
-    precision = "tf32x3" if narrow(problem.dtype) and target.nvidia else "ieee"
+    precision = "tf32x3" if narrow(problem.dtype) and target.tf32 else "ieee"
     optional = {"initial": problem.initial, "cu_seqlens": problem.packed}
     return Launch(
         name="combine",

@@ -101,6 +101,6 @@ def inverse_precision(problem: Problem, target: Target) -> str:
     tf32 loses 1e-3 of the inverse where beta |k|^2 <= 1, which operands in bfloat16 hide, and 1e-2 where eigenvalues
     may be negative: there three products of tf32 stand for one. AMD has no such mode: full float32.
     """
-    if not (narrow(problem.dtype) and target.nvidia):
+    if not (narrow(problem.dtype) and target.tf32):
         return "ieee"
     return "tf32" if problem.bounded else "tf32x3"

@@ -22,8 +22,13 @@ class Target:
 
     @property
     def nvidia(self) -> bool:
-        """Tell whether NVIDIA's instructions may be written by hand, and tf32 be asked for."""
+        """Tell whether NVIDIA's instructions may be written by hand."""
         return self.backend == "cuda"
+
+    @property
+    def tf32(self) -> bool:
+        """Tell whether products of tf32, and of three tf32, may be asked for; the interpreter is asked as NVIDIA is."""
+        return self.backend != "hip"
 
 
 # Shared memory: CUDA C++ Programming Guide, table of technical specifications (maximum per block, opt-in), and the
