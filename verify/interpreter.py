@@ -4,6 +4,8 @@ Found in Triton 3.6.0, 3.7.1 and 3.9.0: `tl.dot`, arithmetic, comparisons, sums 
 float32 to bfloat16 truncates (a NaN may become an infinity), integers become patterns as they are; a constant that is
 not 0 raises before 3.9.
 
+A comparison is labelled with the type of what it compares, not as truth values: a scalar one cannot mask in 3.9.0.
+
 Mended: an elementwise operation rounds once to nearest even, a product of matrices has exact operands and float32 sums,
 a reduction or scan by a sum, product, minimum or maximum rounds once at its end (compiled code rounds every step).
 Atomic sums raise. Not mended: block pointers that pad with NaN read zeros. Types other than bfloat16 are left alone:
@@ -112,10 +114,11 @@ def _elementwise(original: Callable, interpreter: ModuleType) -> Callable:
 
     def mended(self, *operands_and_op):
         *operands, op = operands_and_op
-        if not any(_patterns(x, tl) for x in operands):
-            return original(self, *operands_and_op)
-        result = op(*(_value(x, tl) for x in operands))
-        return handle(result, tl.int1) if result.dtype == bool else handle(narrow(result), tl.bfloat16)
+        if any(_patterns(x, tl) for x in operands):
+            result = op(*(_value(x, tl) for x in operands))
+            return handle(result, tl.int1) if result.dtype == bool else handle(narrow(result), tl.bfloat16)
+        result = original(self, *operands_and_op)
+        return handle(result.data, tl.int1) if result.data.dtype == bool else result
 
     return mended
 

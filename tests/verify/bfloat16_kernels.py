@@ -66,6 +66,13 @@ def _atomic(x_ptr, out_ptr, N: tl.constexpr):
     tl.atomic_add(out_ptr + o, tl.load(x_ptr + o))
 
 
+@triton.jit
+def _masked(x_ptr, out_ptr, first, N: tl.constexpr):
+    o = tl.arange(0, N)
+    mask = (o >= first) & (tl.program_id(0) < first)
+    tl.store(out_ptr + o, tl.load(x_ptr + o, mask=mask, other=-1.0))
+
+
 def elementwise(operation: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Run one operation on x and y [16] bfloat16."""
     out = torch.empty_like(x)
@@ -84,6 +91,13 @@ def dot(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, add: bool, dtype: tor
     """Compute a^T b, plus c [16, 16] float32 with `add`, and store it as `dtype`."""
     out = torch.empty(a.shape, dtype=dtype)
     _dot[(1,)](a, b, c, out, ADD=add, N=SIZE)
+    return out
+
+
+def from_position(x: torch.Tensor, first: int) -> torch.Tensor:
+    """Load x [N] from a position on, -1 before it, by a mask of a comparison of a block and one of a scalar."""
+    out = torch.empty_like(x)
+    _masked[(1,)](x, out, first, N=x.numel())
     return out
 
 

@@ -88,6 +88,12 @@ def test_casts_from_and_to_bfloat16_keep_the_value(source, target):
     assert torch.equal(kernels.cast(whole, target), whole.to(target))
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_a_scalar_comparison_masks(dtype):
+    x = drawn(7, 8, dtype=dtype)
+    assert torch.equal(kernels.from_position(x, 3), torch.cat([torch.full((3,), -1, dtype=dtype), x[3:]]))
+
+
 def test_every_pattern_survives_widening_and_narrowing():
     bits = np.arange(2**16, dtype=np.uint16)
     numbers = ~np.isnan(widen(bits))
