@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);\s*/\* 0x[0-9a-f]+ \*/")
+SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.x]*)([^;]*);\s*/\* 0x[0-9a-f]+ \*/")
 SASS_REST = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/\s*$")
 SASS_LABEL = re.compile(r"^(\.L_x_\d+):")
 GCN_LINE = re.compile(r"^\t([a-z][a-z0-9_]+)(.*)$")
@@ -61,9 +61,11 @@ def sass(text: str) -> Code:
     found, labels = [], {}
     for line in text.splitlines():
         if match := SASS_LINE.match(line):
-            found.append((match[2], match[3], match[1] is not None, 0))
+            # BRA.U UP0, `(label)` has its condition among the operands
+            conditional = match[1] is not None or match[2].startswith("BRA") and not match[3].strip().startswith("`")
+            found.append((match[2], match[3], conditional, 0))
         elif found and (match := SASS_REST.match(line)):
-            found[-1] = (*found[-1][:3], int(match[1], 16) >> 41)
+            found[-1] = (*found[-1][:-1], int(match[1], 16) >> 41)
         elif match := SASS_LABEL.match(line):
             labels[match[1]] = len(found)
     return _code([Instruction(*x) for x in found], labels)

@@ -16,6 +16,8 @@ SASS_LATENCY = {"tensor": 18, "special": 23, "local": 40, "shared": 29, "global_
 published microbenchmarks of Ampere and Hopper; global memory a little above the second cache."""
 SASS_OTHER = 14
 SASS_BARRIER = 20
+SASS_TENSOR_MEMORY = 100
+"""Cycles that a wait for a product in Blackwell's tensor memory takes: a guess, no published figure was at hand."""
 GCN_ISSUE = 4
 """Cycles in which the 16 lanes of a unit take a wave of 64."""
 GCN_LATENCY = {"shared": 64, "global_": 800, "local": 500}
@@ -131,7 +133,9 @@ def _sass_cycles(code: tuple[Instruction, ...]) -> int:
         clock = max([clock, *(ready[i] for i in range(6) if waits >> i & 1)])
         kind = kind_of(instruction, True)
         if written < 6:
-            ready[written] = max(ready[written], clock + SASS_LATENCY.get(kind, SASS_OTHER))
+            awaits = instruction.opcode.startswith("SYNCS.PHASECHK")
+            done = clock + (SASS_TENSOR_MEMORY if awaits else SASS_LATENCY.get(kind, SASS_OTHER))
+            ready[written] = max(ready[written], done)
         if read < 6:
             ready[read] = max(ready[read], clock + SASS_OTHER)
         clock += max(stall, 1) + (SASS_BARRIER if kind == "barrier" else 0)
