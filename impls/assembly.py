@@ -1,4 +1,4 @@
-"""Read the assembly that the compiler made, NVIDIA's SASS and AMD's GCN: what each instruction is, and where it loops."""
+"""Read the assembly that the compiler made, NVIDIA's SASS and AMD's GCN: kinds of instructions, and where it loops."""
 
 import re
 from collections.abc import Iterator

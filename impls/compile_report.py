@@ -6,7 +6,6 @@ compiled, or 2 for wrong usage.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -201,28 +200,34 @@ def read_config(path: Path | None) -> dict:
     return found
 
 
+def checked(options: argparse.Namespace) -> tuple[list[str], list[int], dict]:
+    """Return targets, head dimensions and configurations; UsageError for what is wrong with them."""
+    compilable = [name for name, target in TARGETS.items() if target.backend != "interpret"]
+    targets = listed(options.targets, "--targets", compilable)
+    head_dims = [int(x) for x in listed(options.head_dims, "--head-dims", list(map(str, range(1, 257))))]
+    if options.out is not None and not options.out.parent.is_dir():
+        raise UsageError(f"--out {options.out}: there is no folder {options.out.parent}")
+    return targets, head_dims, read_config(options.config)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
+    from impls.compiler_triton import Interpreting, check_compiling
+
     options, page = parsed(arguments), Console()
-    page = page if page.is_terminal else Console(width=WIDE)
     try:
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            raise UsageError("kernels cannot be compiled while TRITON_INTERPRET=1 is set: unset it")
-        compilable = [name for name, target in TARGETS.items() if target.backend != "interpret"]
-        targets = listed(options.targets, "--targets", compilable)
-        head_dims = [int(x) for x in listed(options.head_dims, "--head-dims", list(map(str, range(1, 257))))]
-        given = read_config(options.config)
-        if options.out is not None and not options.out.parent.is_dir():
-            raise UsageError(f"--out {options.out}: there is no folder {options.out.parent}")
-    except UsageError as error:
+        targets, head_dims, given = checked(options)
+        check_compiling()
+    except (UsageError, Interpreting) as error:
         print(f"compile_report: {error}", file=sys.stderr)
         return 2
     rows = report(targets, options.kernel or KERNELS, head_dims, options.dtype, given)
     found = stored(rows, options.dtype)
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
-    title = f"triton {found['triton']}, ptxas {found['ptxas']}, {options.dtype}; counts: all code / one round of the loop"
-    page.print(table(rows, title))
+    versions = f"triton {found['triton']}, ptxas {found['ptxas']}, {options.dtype}"
+    laid = table(rows, f"{versions}; counts: all code / one round of the loop")
+    (page if page.is_terminal else Console(width=WIDE)).print(laid)
     return int(any(row.failed for row in rows))
 
 

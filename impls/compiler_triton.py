@@ -63,7 +63,7 @@ class Interpreting(RuntimeError):
 
 def check_compiling() -> None:
     """Raise Interpreting where kernels were imported for the interpreter."""
-    if not hasattr(chunk_triton.intra, "cache_key"):
+    if not isinstance(chunk_triton.intra, triton.JITFunction):
         raise Interpreting(
             "kernels cannot be compiled: TRITON_INTERPRET was set when Triton was imported; unset it and start again"
         )
