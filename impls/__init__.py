@@ -1,6 +1,6 @@
 """Implementations of Kimi Delta Attention: the public ops, and the table of what can be chosen by name."""
 
-from impls.configs import ChunkTorchConfig
+from impls.configs import ChunkTorchConfig, ChunkTritonConfig, RecurrentTritonConfig
 from impls.contracts import PrecisionContract, unit_roundoff
 from impls.ops import chunk_kda, fused_recurrent_kda, kda
 from impls.table import IMPLEMENTATIONS, Impl, chosen, find
@@ -8,8 +8,10 @@ from impls.table import IMPLEMENTATIONS, Impl, chosen, find
 __all__ = [
     "IMPLEMENTATIONS",
     "ChunkTorchConfig",
+    "ChunkTritonConfig",
     "Impl",
     "PrecisionContract",
+    "RecurrentTritonConfig",
     "chosen",
     "chunk_kda",
     "find",

@@ -28,7 +28,7 @@ from impls.plan import Launch, Plan, Problem, inverse_precision, narrow, options
 from impls.registration import register_raw
 from impls.targets import Target
 from impls.targets import of as target_of
-from impls.tree_triton import decays, inverse, tree
+from impls.tree_triton import decayed, inverse, tree
 
 
 @triton.jit
@@ -70,8 +70,8 @@ def worked(
     )
     b_beta = tl.load(beta + (first + o_c) * HV + i_h, mask=o_c < length, other=0.0).to(tl.float32)
     b_beta = tl.where(o_c < length, write_strength(b_beta, SIGMOID), 0.0)
-    b_A, L, before, after, total = tree(b_q, b_k, alpha, C, BK, LEVELS, OPERAND)
-    return b_A, L * b_beta[:, None], b_beta, b_q * before, b_k * before, b_k * after, total
+    b_A, L, qb, kb, ka, total = tree(b_q, b_k, alpha, C, BK, LEVELS, OPERAND)
+    return b_A, L * b_beta[:, None], b_beta, qb, kb, ka, total
 
 
 @triton.jit
@@ -222,8 +222,8 @@ def walk(
                 q, k, g, A_log, dt_bias, lower_bound, first + i_t * C, rest, i_h,
                 H, HV, K, BK, C, L2NORM, GATE, APPROXIMATE, CONTIGUITY,
             )
-            before, after, total = decays(alpha, C, BK, LEVELS)
-            qb, kb, ka, decay = (b_q * before).to(OPERAND), (b_k * before).to(OPERAND), (b_k * after).to(OPERAND), total
+            qb, kb, ka, decay = decayed(b_q, b_k, alpha, C, BK, LEVELS)
+            qb, kb, ka = qb.to(OPERAND), kb.to(OPERAND), ka.to(OPERAND)
         else:
             kb, ka = load_rows(k_before, i_c, K, BK, C, CONTIGUITY), load_rows(k_after, i_c, K, BK, C, CONTIGUITY)
             decay = total[None, :]

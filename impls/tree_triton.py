@@ -12,7 +12,8 @@ level adds one product of late rows with early rows to
 
 and X = (I + L)^-1 grows block by block: X <- X - X L_level X. After log2(C) levels before and after are the decays
 that the state update needs. Decays are never divided: any gate is safe, -inf too, and no bit of a row hangs on what
-follows it.
+follows it. What is carried from level to level are the rows q before, k before and k after themselves: they are the
+operands of the next level, and at the end what the state update multiplies with.
 
 A thread that owns whole columns of a tile (rows in registers) makes halves, weave and totals register moves; the layout
 comes from the loads, see `contiguity` in `impls.configs`.
@@ -35,23 +36,25 @@ def weave(early, late, M: tl.constexpr, s: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def merge(before, after, total, M: tl.constexpr, s: tl.constexpr, BK: tl.constexpr):
-    """Merge groups of s tokens two by two: before, after [C, BK], total [C / s, BK] of the groups twice as long."""
-    before_early, before_late = halves(before, M, s, BK)
-    after_early, after_late = halves(after, M, s, BK)
+def merge(q_before, k_before, k_after, total, M: tl.constexpr, s: tl.constexpr, BK: tl.constexpr):
+    """Merge groups of s tokens two by two: rows [C, BK] and totals [C / s, BK] become those of groups twice as long."""
     early, late = tl.split(tl.permute(tl.reshape(total, (M, 2, BK)), (0, 2, 1)))
-    before = weave(before_early, before_late * early[:, None, :], M, s, BK)
-    after = weave(after_early * late[:, None, :], after_late, M, s, BK)
-    return before, after, early * late
+    q_early, q_late = halves(q_before, M, s, BK)
+    k_early, k_late = halves(k_before, M, s, BK)
+    a_early, a_late = halves(k_after, M, s, BK)
+    q_before = weave(q_early, q_late * early[:, None, :], M, s, BK)
+    k_before = weave(k_early, k_late * early[:, None, :], M, s, BK)
+    k_after = weave(a_early * late[:, None, :], a_late, M, s, BK)
+    return q_before, k_before, k_after, early * late
 
 
 @triton.jit
-def decays(alpha, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr):
-    """Return before, after [C, BK] and total [1, BK] of a whole chunk with decays alpha [C, BK]."""
-    before, after, total = alpha, tl.full([C, BK], 1.0, tl.float32), alpha
+def decayed(q, k, alpha, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr):
+    """Return q before, k before, k after [C, BK] and the total decay [1, BK] of a chunk of q, k, alpha [C, BK]."""
+    q_before, k_before, k_after, total = q * alpha, k * alpha, k, alpha
     for n in tl.static_range(LEVELS):
-        before, after, total = merge(before, after, total, C >> (n + 1), 1 << n, BK)
-    return before, after, total
+        q_before, k_before, k_after, total = merge(q_before, k_before, k_after, total, C >> (n + 1), 1 << n, BK)
+    return q_before, k_before, k_after, total
 
 
 @triton.jit
@@ -64,17 +67,16 @@ def spread(P, C: tl.constexpr, M: tl.constexpr, s: tl.constexpr):
 
 @triton.jit
 def level(
-    q, k, before, after, n: tl.constexpr, M: tl.constexpr, s: tl.constexpr,
+    q_before, k_before, k_after, n: tl.constexpr, M: tl.constexpr, s: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr,
 ):
     """Return what merging groups of s = 2^n tokens adds to A and L [C, C]: late rows of q and k times early k."""
-    _, before_late = halves(before, M, s, BK)
-    after_early, _ = halves(after, M, s, BK)
-    k_early, k_late = halves(k, M, s, BK)
-    _, q_late = halves(q, M, s, BK)
-    q_late = tl.reshape(q_late * before_late, (C // 2, BK)).to(OPERAND)
-    k_late = tl.reshape(k_late * before_late, (C // 2, BK)).to(OPERAND)
-    k_early = tl.reshape(k_early * after_early, (C // 2, BK)).to(OPERAND)
+    _, q_late = halves(q_before, M, s, BK)
+    _, k_late = halves(k_before, M, s, BK)
+    k_early, _ = halves(k_after, M, s, BK)
+    q_late = tl.reshape(q_late, (C // 2, BK)).to(OPERAND)
+    k_late = tl.reshape(k_late, (C // 2, BK)).to(OPERAND)
+    k_early = tl.reshape(k_early, (C // 2, BK)).to(OPERAND)
     late = tl.reshape(tl.permute(tl.join(q_late, k_late), (2, 0, 1)), (C, BK))
     P = tl.dot(late, tl.trans(k_early), input_precision="ieee")
     row, column = tl.arange(0, C), tl.arange(0, C // 2)
@@ -85,17 +87,17 @@ def level(
 
 @triton.jit
 def tree(q, k, alpha, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, OPERAND: tl.constexpr):
-    """Return A, K K^T decayed [C, C] (strict), before, after [C, BK], total [1, BK] of q, k, alpha [C, BK], float32."""
+    """Return A, K K^T decayed [C, C] (strict), and what `decayed` returns, of q, k, alpha [C, BK] in float32."""
     o_c = tl.arange(0, C)
-    before, after, total = alpha, tl.full([C, BK], 1.0, tl.float32), alpha
     diagonal = tl.dot(q.to(OPERAND), tl.trans(k.to(OPERAND)), input_precision="ieee")
     A = tl.where(o_c[:, None] == o_c[None, :], diagonal, 0.0)
     L = tl.zeros([C, C], tl.float32)
+    q_before, k_before, k_after, total = q * alpha, k * alpha, k, alpha
     for n in tl.static_range(LEVELS):
-        more_A, more_L = level(q, k, before, after, n, C >> (n + 1), 1 << n, C, BK, OPERAND)
+        more_A, more_L = level(q_before, k_before, k_after, n, C >> (n + 1), 1 << n, C, BK, OPERAND)
         A, L = A + more_A, L + more_L
-        before, after, total = merge(before, after, total, C >> (n + 1), 1 << n, BK)
-    return A, L, before, after, total
+        q_before, k_before, k_after, total = merge(q_before, k_before, k_after, total, C >> (n + 1), 1 << n, BK)
+    return A, L, q_before, k_before, k_after, total
 
 
 @triton.jit
