@@ -1,8 +1,13 @@
-"""Draw inputs of KDA for the tests of the implementations."""
+"""Draw inputs of KDA for the tests of the implementations, and mend the interpreter that runs the Triton rows."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+from verify import interpreter
+
+if interpreter.installed():
+    interpreter.repair()
 
 
 def draw_inputs(B, T, H, HV, K, V, dtype=torch.float32, seed=0, resets=False):

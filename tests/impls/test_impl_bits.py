@@ -6,26 +6,33 @@ import pytest
 import torch
 
 from impls import IMPLEMENTATIONS, ChunkTorchConfig, find, kda
+from impls.checks import DTYPE_NAMES
 
 NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
 CLAIMED = [(name, claim) for name in NAMES for claim in sorted(find(name).contract("float32").bitwise)]
-TRIALS = 40
+# An interpreted program takes 3 ms a token, 18 ms a chunk: few trials, small ones, around the chunks of 16 tokens.
+TRIALS = {"cpu": 40, "interpret": 3}
+SIZES = {"cpu": (4, 90, 3, 3), "interpret": (2, 12, 2, 2), "interpret chunk": (2, 40, 2, 2)}
+"""The largest B, T, H and HV / H."""
 
 
-def cases(seed: int):
-    """Yield dtype and shape (B, T, H, HV, K, V) of random cases, most of them ragged."""
-    rng = random.Random(seed)
-    for _ in range(TRIALS):
-        H = rng.randint(1, 3)
+def cases(seed: int, name: str):
+    """Yield dtype and shape (B, T, H, HV, K, V) of random cases for a row, most of them ragged."""
+    rng, row = random.Random(seed), find(name)
+    kind = "cpu" if "cpu" in row.devices else "interpret"
+    dtypes = [x for x in (torch.float32, torch.float64, torch.bfloat16) if DTYPE_NAMES[x] in row.dtypes]
+    most_B, most_T, most_H, most_group = SIZES.get(f"{kind} {row.form}", SIZES[kind])
+    for _ in range(TRIALS[kind]):
+        H = rng.randint(1, most_H)
         shape = (
-            rng.randint(1, 4),
-            rng.randint(1, 90),
+            rng.randint(1, most_B),
+            rng.randint(1, most_T),
             H,
-            H * rng.randint(1, 3),
+            H * rng.randint(1, most_group),
             rng.randint(1, 40),
             rng.randint(1, 40),
         )
-        yield rng, rng.choice([torch.float32, torch.float64, torch.bfloat16]), shape
+        yield rng, rng.choice(dtypes), shape
 
 
 def both(name, inputs, **keywords):
@@ -39,7 +46,7 @@ def assert_same(results, expected):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_future_does_not_reach_the_past(draw, name):
-    for rng, dtype, shape in cases(1):
+    for rng, dtype, shape in cases(1, name):
         inputs, other, t = draw(*shape, dtype, resets=True), draw(*shape, dtype, seed=7), rng.randrange(shape[1])
         changed = [torch.cat([x[:, :t], y[:, t:]], 1) for x, y in zip(inputs, other, strict=True)]
         assert torch.equal(both(name, inputs)[0][:, :t], both(name, changed)[0][:, :t])
@@ -47,7 +54,7 @@ def test_the_future_does_not_reach_the_past(draw, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_neighbours_content_does_not_matter_not_even_nan(draw, draw_state, name):
-    for rng, dtype, shape in cases(2):
+    for rng, dtype, shape in cases(2, name):
         B, _, H, HV, K, V = shape
         inputs, S0 = draw(*shape, dtype), draw_state(B, HV, K, V, torch.float32)
         b, h = rng.randrange(B), rng.randrange(H)
@@ -63,7 +70,7 @@ def test_neighbours_content_does_not_matter_not_even_nan(draw, draw_state, name)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("flags", [False, True])
 def test_permuting_batches_and_heads_permutes_bits_with_and_without_activations(draw, name, flags):
-    for rng, dtype, (B, T, _, HV, K, V) in cases(3):
+    for rng, dtype, (B, T, _, HV, K, V) in cases(3, name):
         inputs, A_log = draw(B, T, HV, HV, K, V, dtype), torch.linspace(-1, 1, HV)
         order, heads = (torch.tensor(rng.sample(range(n), n)) for n in (B, HV))
         names = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel")
@@ -75,7 +82,7 @@ def test_permuting_batches_and_heads_permutes_bits_with_and_without_activations(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_signs_and_powers_of_two_pass_through(draw, draw_state, name):
-    for _, dtype, shape in cases(4):
+    for _, dtype, shape in cases(4, name):
         B, _, _, HV, K, V = shape
         (q, k, v, g, beta), S0 = draw(*shape, dtype), draw_state(B, HV, K, V, torch.float32)
         o, S = both(name, (q, k, v, g, beta), initial_state=S0)
@@ -88,7 +95,7 @@ def test_signs_and_powers_of_two_pass_through(draw, draw_state, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_repeat_themselves(draw, name):
-    for _, dtype, shape in cases(5):
+    for _, dtype, shape in cases(5, name):
         inputs = draw(*shape, dtype)
         assert_same(both(name, inputs), both(name, inputs))
 
@@ -135,14 +142,14 @@ def split(name, inputs, rng, S0):
 
 @pytest.mark.parametrize("name, claim", CLAIMED)
 def test_claims_of_the_contracts_hold(draw, draw_state, name, claim):
-    for rng, dtype, shape in cases(6):
+    for rng, dtype, shape in cases(6, name):
         B, _, _, HV, K, V = shape
         state = torch.float64 if dtype == torch.float64 else torch.float32
         globals()[claim](name, draw(*shape, dtype, resets=True), rng, draw_state(B, HV, K, V, state))
 
 
 def test_the_size_of_the_workspace_has_no_influence_on_the_bits(draw):
-    for rng, dtype, shape in cases(7):
+    for rng, dtype, shape in cases(7, "chunk_torch"):
         inputs, C = draw(*shape, dtype, resets=True), rng.choice([16, 32, 64])
         small = both("chunk_torch", inputs, config=ChunkTorchConfig(C, C * rng.randint(1, 3), rng.randint(1, 5)))
         assert_same(small, both("chunk_torch", inputs, config=ChunkTorchConfig(C)))

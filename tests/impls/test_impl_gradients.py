@@ -10,7 +10,7 @@ from impls import IMPLEMENTATIONS, ChunkTorchConfig, chunk_kda, chunk_torch, kda
 from impls.registration import _ON_CPU, register
 from kda_spec.types import Inputs
 
-NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
+NAMES = [row.name for row in IMPLEMENTATIONS if row.backward]
 FLAGS = dict.fromkeys(("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel"), True)
 # Twice the worst relative error of a gradient over this file's cases, 6.3e-16 and 3.3e-7.
 BOUNDS = {torch.float64: 1.3e-15, torch.float32: 6.6e-7}
