@@ -7,6 +7,7 @@ import torch
 
 from impls import IMPLEMENTATIONS, ChunkTorchConfig, find, kda
 from impls.checks import DTYPE_NAMES
+from impls.configs import ChunkTritonConfig
 
 NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
 CLAIMED = [(name, claim) for name in NAMES for claim in sorted(find(name).contract("float32").bitwise)]
@@ -100,20 +101,21 @@ def test_runs_repeat_themselves(draw, name):
         assert_same(both(name, inputs), both(name, inputs))
 
 
-def sequence_count(name, inputs, rng, S0):
+def sequence_count(name, inputs, rng, S0, **config):
     B, T = inputs[0].shape[:2]
-    o, S = both(name, inputs, initial_state=S0)
+    o, S = both(name, inputs, initial_state=S0, **config)
     b = rng.randrange(B)
-    assert_same(both(name, [x[b : b + 1] for x in inputs], initial_state=S0[b : b + 1]), (o[b : b + 1], S[b : b + 1]))
+    alone = both(name, [x[b : b + 1] for x in inputs], initial_state=S0[b : b + 1], **config)
+    assert_same(alone, (o[b : b + 1], S[b : b + 1]))
     packed = [x.flatten(0, 1).unsqueeze(0) for x in inputs]
     bounds = torch.arange(B + 1) * T
-    assert_same(both(name, packed, initial_state=S0, cu_seqlens=bounds), (o.flatten(0, 1).unsqueeze(0), S))
+    assert_same(both(name, packed, initial_state=S0, cu_seqlens=bounds, **config), (o.flatten(0, 1).unsqueeze(0), S))
 
 
-def length(name, inputs, rng, S0):
+def length(name, inputs, rng, S0, **config):
     t = rng.randrange(inputs[0].shape[1] + 1)
-    o, _ = both(name, inputs, initial_state=S0)
-    assert torch.equal(both(name, [x[:, :t] for x in inputs], initial_state=S0)[0], o[:, :t])
+    o, _ = both(name, inputs, initial_state=S0, **config)
+    assert torch.equal(both(name, [x[:, :t] for x in inputs], initial_state=S0, **config)[0], o[:, :t])
 
 
 def layout(name, inputs, rng, S0):
@@ -162,3 +164,40 @@ def test_a_chunk_form_cut_between_chunks_is_bit_equal(draw, C):
     first, between = both("chunk_torch", [x[:, :C] for x in inputs], chunk_size=C)
     second, last = both("chunk_torch", [x[:, C:] for x in inputs], chunk_size=C, initial_state=between)
     assert_same((torch.cat([first, second], 1), last), (o, S))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_with_one_segment_neither_neighbours_nor_what_follows_change_a_sequences_bits(draw, draw_state, recompute):
+    """The claims sequence_count and length, which the rule that picks segments cannot make for the row's default."""
+    config = ChunkTritonConfig(segments=1, recompute=recompute)
+    for rng, dtype, shape in cases(8, "chunk_triton"):
+        inputs, S0 = draw(*shape, dtype, resets=True), draw_state(shape[0], shape[3], *shape[4:])
+        sequence_count("chunk_triton", inputs, rng, S0, config=config)
+        length("chunk_triton", inputs, rng, S0, config=config)
+
+
+@pytest.mark.parametrize("segments", [2, 3])
+def test_segments_are_causal_and_repeat_themselves(draw, segments):
+    inputs, other = draw(1, 50, 1, 2, 6, 5, resets=True), draw(1, 50, 1, 2, 6, 5, seed=7)
+    config = ChunkTritonConfig(segments=segments)
+    o, S = both("chunk_triton", inputs, config=config)
+    assert_same(both("chunk_triton", inputs, config=config), (o, S))
+    for t in (0, 7, 16, 33, 49):
+        changed = [torch.cat([x[:, :t], y[:, t:]], 1) for x, y in zip(inputs, other, strict=True)]
+        assert torch.equal(both("chunk_triton", changed, config=config)[0][:, :t], o[:, :t])
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_nan_in_a_packed_sequence_reaches_no_other(draw, draw_state, segments):
+    inputs, bounds, S0 = draw(1, 45, 1, 2, 6, 5), [0, 17, 36, 36, 45], draw_state(4, 2, 6, 5)
+    asked = {"config": ChunkTritonConfig(segments=segments), "cu_seqlens": torch.tensor(bounds)}
+    o, S = both("chunk_triton", inputs, initial_state=S0, **asked)
+    poisoned, poisoned_S0 = [x.clone() for x in inputs], S0.clone()
+    for x in poisoned:
+        x[:, 17:36] = torch.nan
+    poisoned_S0[1] = torch.nan
+    found_o, found_S = both("chunk_triton", poisoned, initial_state=poisoned_S0, **asked)
+    assert found_o[:, 17:36].isnan().all() and found_S[1].isnan().all()
+    for first, last in ((0, 17), (36, 45)):
+        assert torch.equal(found_o[:, first:last], o[:, first:last])
+    assert torch.equal(found_S[[0, 2, 3]], S[[0, 2, 3]])
