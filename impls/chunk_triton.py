@@ -320,7 +320,7 @@ def segments_by_rule(problem: Problem, config: ChunkTritonConfig, target: Target
     processors hold at once, G = R / (2 W) segments fill the processors; they pay from G = 4 on.
     """
     walks = problem.N * problem.HV * -(-problem.V // value_tile(problem, config))
-    segments = target.processors * RESIDENT // (2 * walks)
+    segments = target.processors * RESIDENT // max(1, 2 * walks)
     longest = problem.T // config.chunk_size // SEGMENT_CHUNKS
     return min(segments, longest) if segments * MOST_WALKS >= 1 and longest * MOST_WALKS >= 1 else 1
 

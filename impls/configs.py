@@ -6,6 +6,8 @@ from impls.targets import Target
 
 CHUNK_SIZES = (16, 32, 64, 128)
 TRITON_CHUNK_SIZES = (16, 32, 64)
+SMALLEST_TILE = 16
+"""Fewest rows that a matrix instruction sums over."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def _invalid_triton(config: ChunkTritonConfig | RecurrentTritonConfig) -> str | 
         allowed, value = _ALLOWED[field.name.removeprefix("intra_").removeprefix("walk_")], getattr(config, field.name)
         if value not in allowed:
             return f"{field.name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
+    if isinstance(config, ChunkTritonConfig) and config.chunk_size // config.intra_tiles < SMALLEST_TILE:
+        return f"intra_tiles must be 1 where chunk_size is {config.chunk_size}, got {config.intra_tiles}"
     return None
 
 

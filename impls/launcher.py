@@ -58,7 +58,7 @@ def _outputs(problem: Problem, v: torch.Tensor, interval: int, packing) -> dict[
     state = (p.HV, p.V, p.K) if p.v_first else (p.HV, p.K, p.V)
     kept = (0,)
     if p.keeps:
-        bounds = [0, p.T] if packing is None else packing.tolist()
+        bounds = bounds_of(packing, p.T) or [0, p.T]  # read anyway, so checked: the rows are counted by it
         NT = sum(-(-(last - first) // interval) for first, last in zip(bounds, bounds[1:], strict=False))
         kept = (p.B, NT, *state)
     return {
