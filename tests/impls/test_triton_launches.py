@@ -110,7 +110,6 @@ def test_a_segment_no_shorter_than_the_sequence_costs_no_launch():
         (problem(B=1, T=65536, HV=2, H=2), True),
         (problem(B=1, T=65536, HV=128), False),  # heads enough to fill the processors
         (problem(B=1, T=256), False),  # too short
-        (problem(B=0, T=65536), False),
     ],
 )
 def test_the_rule_cuts_long_sequences_of_few_heads_and_can_be_overridden(asked, cut):

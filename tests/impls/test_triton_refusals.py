@@ -55,17 +55,19 @@ def test_float64_is_refused(draw, name):
     refused(ValueError, message, name, draw(1, 3, 1, 1, 2, 2, torch.float64))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_cpu_tensors_need_the_interpreter(name):
+def test_cpu_tensors_need_the_interpreter():
     code = f"""if True:
         import torch, impls
         x = torch.zeros(1, 3, 1, 2)
-        impls.kda(x, x, x, x, x[..., 0], implementation="{name}")"""
+        for name in {NAMES}:
+            try:
+                impls.kda(x, x, x, x, x[..., 0], implementation=name)
+            except ValueError as error:
+                print(error)"""
     plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=plain)
-    assert done.returncode == 1
-    assert f"ValueError: {name} runs on cuda, interpret, not on cpu" in done.stderr
-    assert "TRITON_INTERPRET=1 is set before triton is imported" in done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=plain, check=True)
+    hint = "; CPU tensors run in Triton's interpreter, where TRITON_INTERPRET=1 is set before triton is imported"
+    assert done.stdout.splitlines() == [f"{name} runs on cuda, interpret, not on cpu{hint}" for name in NAMES]
 
 
 def test_where_triton_is_missing_the_rows_say_so(monkeypatch):
