@@ -305,24 +305,28 @@ OPERANDS = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float1
 
 COMBINED_COLUMNS = 16
 """Value channels of one program of `combine`: the fewest that a matrix instruction takes."""
-MOST_WALKS = 0.25
-"""Segments pay only where the walk alone fills less than this share of the processors: they take 3 times the work."""
-SEGMENT_CHUNKS = 16
-"""Fewest chunks of a segment: below, the combination costs what the walk saves."""
 RESIDENT = 2
 """Programs of the walk that fit a processor at once: 4 warps of some 200 registers."""
+LAUNCH_STEPS, COMBINE_STEPS = 16, 5
+"""What two launches more, and one segment more in `combine`, take, in steps of the walk over one chunk (0.6 us on an
+H200 by estimate; 10 us and 3 us): not measured."""
 
 
 def segments_by_rule(problem: Problem, config: ChunkTritonConfig, target: Target) -> int:
     """Return into how many segments T is cut: 1 unless there are few sequences and heads, and many chunks.
 
-    A segment is walked twice, the first time with K columns more. So with W programs of one walk and R that the
-    processors hold at once, G = R / (2 W) segments fill the processors; they pay from G = 4 on.
+    A segment is walked twice, the first time with K columns more: as long as the processors hold the 2 G W programs of
+    W walks cut into G segments, that takes 2 chunks / G steps instead of one per chunk, and combining takes G more.
     """
     walks = problem.N * problem.HV * -(-problem.V // value_tile(problem, config))
-    segments = target.processors * RESIDENT // max(1, 2 * walks)
-    longest = problem.T // config.chunk_size // SEGMENT_CHUNKS
-    return min(segments, longest) if segments * MOST_WALKS >= 1 and longest * MOST_WALKS >= 1 else 1
+    most = target.processors * RESIDENT // max(1, 2 * walks)
+    chunks = problem.spans(config.chunk_size) // max(1, problem.N)
+
+    def steps(G: int) -> float:
+        return chunks if G == 1 else 2 * chunks / G + LAUNCH_STEPS + COMBINE_STEPS * G
+
+    best = min(range(1, max(1, min(most, chunks)) + 1), key=steps)
+    return best * problem.N if problem.packed and best > 1 else best
 
 
 def value_tile(problem: Problem, config: ChunkTritonConfig) -> int:
