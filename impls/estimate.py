@@ -60,6 +60,8 @@ RATES = {
     "sm_100": Rates(1850, 4, 1270, 0.5, 26.3, 2048, 64, 32, 228 * 1024),
     "gfx942": Rates(2100, 1, 1024, 0.25, 7.5, 2048, 32, 16, 64 * 1024),
 }
+UNITS = 4
+"""Parts of a processor with registers of their own, NVIDIA's and AMD's."""
 RESERVED_SHARED_MEMORY = 1024
 """Bytes that CUDA keeps of the shared memory for each resident program."""
 
@@ -73,7 +75,7 @@ def latency(code: Code, target: Target) -> Latency:
 def resident(registers: int, shared_memory: int, warps: int, target: Target) -> int:
     """Return how many programs one processor holds at a time, at least 1."""
     rates, reserved = RATES[target.name], RESERVED_SHARED_MEMORY if target.nvidia else 0
-    by_registers = rates.registers // (max(registers, 8) + -registers % 8) // warps
+    by_registers = UNITS * (rates.registers // UNITS // (max(registers, 8) + -registers % 8)) // warps
     by_memory = rates.shared_memory // max(shared_memory + reserved, 1)
     return max(1, min(by_registers, by_memory, rates.warps // warps, rates.programs))
 

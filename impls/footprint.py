@@ -106,7 +106,7 @@ def misfit(config: Config, K: int, V: int, dtype: str, target: Target) -> str | 
 
     dtype: that of q, k, v. Named are fewer stages where they are enough, else a smaller value tile, else a smaller C.
     """
-    problem = Problem(B=1, T=1, N=1, H=1, HV=1, K=K, V=V, dtype=dtype)
+    problem = _sizes(K, V, dtype)
     kernel, needed = _largest(config, problem, target)
     if needed <= target.shared_memory:
         return None
@@ -116,6 +116,17 @@ def misfit(config: Config, K: int, V: int, dtype: str, target: Target) -> str | 
         f"{kernel} needs {needed} bytes of shared memory for K = {K}, V = {V} in {dtype}, "
         f"{target.name} has {target.shared_memory}{fits}"
     )
+
+
+def fitted(config: ChunkTritonConfig, K: int, V: int, dtype: str, target: Target) -> ChunkTritonConfig:
+    """Return the configuration, or the nearest one of its C that fits; unchanged where none does: see `misfit`."""
+    problem = _sizes(K, V, dtype)
+    same = (x for x in _smaller(config) if x.chunk_size == config.chunk_size)
+    return next((x for x in same if _largest(x, problem, target)[1] <= target.shared_memory), config)
+
+
+def _sizes(K: int, V: int, dtype: str) -> Problem:
+    return Problem(B=1, T=1, N=1, H=1, HV=1, K=K, V=V, dtype=dtype)
 
 
 def _largest(config, problem: Problem, target: Target) -> tuple[str, int]:
