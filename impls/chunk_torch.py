@@ -26,7 +26,8 @@ import torch
 from impls.adjoint_torch import adjoint
 from impls.call import call_activated
 from impls.checks import bounds_of
-from impls.configs import ChunkTorchConfig, chunk_torch_config
+from impls.choice import chunk_torch_config
+from impls.configs import ChunkTorchConfig
 from impls.registration import register
 from impls.sequences import Runs, by_head, flat, groups, runs_of, scatter
 from impls.states import States
@@ -41,7 +42,7 @@ COMPILED_SHAPES = 256
 def chunk_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     """Return (o [B, T, HV, V], final state [N, HV, K, V] or None); arguments as `impls.chunk_kda`.
 
-    config: a ChunkTorchConfig. Raises as `configs.chunk_torch_config` and `call.call_activated` do.
+    config: a ChunkTorchConfig. Raises as `choice.chunk_torch_config` and `call.call_activated` do.
     """
     config = chunk_torch_config(config, chunk_size)
     launch = (config.chunk_size, config.block_tokens, config.heads, int(config.compile))

@@ -13,21 +13,19 @@ segments, and `walk` again from those.
 """
 
 import functools
-from dataclasses import astuple
 
 import triton
 import triton.language as tl
 
 from impls.activations_triton import exp2, gate_parameters, inverse_norm, log2_decay, write_strength
 from impls.call import call_raw
-from impls.checks import DTYPE_NAMES
-from impls.configs import ChunkTritonConfig, chunk_triton_config
+from impls.choice import chunk_triton_config, chunk_triton_launch
+from impls.configs import ChunkTritonConfig
 from impls.launcher import forward_of
 from impls.layout_triton import bounds, first_slot, inside, owner, spans_before, state_offsets, tile
 from impls.plan import Launch, Plan, Problem, inverse_precision, narrow, options, tile_of
 from impls.registration import register_raw
 from impls.targets import Target
-from impls.targets import of as target_of
 from impls.tree_triton import decayed, inverse, tree
 
 
@@ -437,16 +435,15 @@ def _combine(problem: Problem, config: ChunkTritonConfig, target: Target) -> Lau
 def chunk_triton(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     """Return (o [B, T, HV, V], final state [N, HV, K, V] or None); arguments as `impls.chunk_kda`.
 
-    config: a ChunkTritonConfig. Raises as `configs.chunk_triton_config` and `call.call_raw` do. Not differentiable.
+    config: a ChunkTritonConfig. Raises as `choice.chunk_triton_launch` and `call.call_raw` do. Not differentiable.
     """
-    K, V, dtype = q.shape[-1], v.shape[-1], DTYPE_NAMES[q.dtype]
-    config = chunk_triton_config(config, chunk_size, K, V, dtype, target_of(q.device))
-    launch = [int(x) for x in astuple(config)]
-    return call_raw(op, q, k, v, g, beta, launch=launch, chunk_size=config.chunk_size, **keywords)
+    launch = chunk_triton_launch(config, chunk_size)
+    return call_raw(op, q, k, v, g, beta, launch=launch, chunk_size=launch[0], **keywords)
 
 
 def _plan_of(problem: Problem, target: Target, launch: tuple[int, ...]) -> Plan:
-    return plan(problem, ChunkTritonConfig(*launch), target)
+    config = chunk_triton_config(launch, problem.K, problem.V, problem.dtype, target)
+    return plan(problem, config, target)
 
 
 op = register_raw("chunk_triton", forward_of(_plan_of))

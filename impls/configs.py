@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, fields
 
-from impls.targets import Target
-
 CHUNK_SIZES = (16, 32, 64, 128)
 TRITON_CHUNK_SIZES = (16, 32, 64)
 SMALLEST_TILE = 16
@@ -107,41 +105,3 @@ _INVALID = {
     ChunkTritonConfig: _invalid_triton,
     RecurrentTritonConfig: _invalid_triton,
 }
-
-
-def chunk_torch_config(config: ChunkTorchConfig | None, chunk_size: int | None) -> ChunkTorchConfig:
-    """Return the configuration to run, given what was asked for; None leaves a choice to the default.
-
-    Raises TypeError for another kind of configuration, ValueError for an invalid or a contradictory one.
-    """
-    if config is None:
-        config = ChunkTorchConfig() if chunk_size is None else ChunkTorchConfig(chunk_size=chunk_size)
-    return _accepted(config, ChunkTorchConfig, "chunk_torch", chunk_size)
-
-
-def chunk_triton_config(
-    config: ChunkTritonConfig | None, chunk_size: int | None, K: int, V: int, dtype: str, target: Target
-) -> ChunkTritonConfig:
-    """Return the configuration to run on a target; as `chunk_torch_config`."""
-    if config is None:
-        config = ChunkTritonConfig() if chunk_size is None else ChunkTritonConfig(chunk_size=chunk_size)
-    return _accepted(config, ChunkTritonConfig, "chunk_triton", chunk_size)
-
-
-def recurrent_triton_config(
-    config: RecurrentTritonConfig | None, chunk_size: int | None, K: int, V: int, dtype: str, target: Target
-) -> RecurrentTritonConfig:
-    """Return the configuration to run on a target; as `chunk_torch_config`, and no chunk size can be asked for."""
-    if chunk_size is not None:
-        raise ValueError(f"chunk_size must be None for recurrent_triton, which has no chunks, got {chunk_size}")
-    return _accepted(RecurrentTritonConfig() if config is None else config, RecurrentTritonConfig, "recurrent_triton")
-
-
-def _accepted(config, kind: type, name: str, chunk_size: int | None = None):
-    if not isinstance(config, kind):
-        raise TypeError(f"config must be a {kind.__name__} for {name}, got {config!r}")
-    if chunk_size is not None and chunk_size != config.chunk_size:
-        raise ValueError(f"chunk_size must be config.chunk_size = {config.chunk_size}, got {chunk_size}")
-    if reason := invalid(config):
-        raise ValueError(reason)
-    return config

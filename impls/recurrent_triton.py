@@ -9,21 +9,19 @@ float32 registers; a token is fetched while the one before it is worked on. All 
 """
 
 import functools
-from dataclasses import astuple
 
 import triton
 import triton.language as tl
 
 from impls.activations_triton import exp2, gate_parameters, inverse_norm, log2_decay, write_strength
 from impls.call import call_raw
-from impls.checks import DTYPE_NAMES
-from impls.configs import RecurrentTritonConfig, recurrent_triton_config
+from impls.choice import recurrent_triton_config, recurrent_triton_launch
+from impls.configs import RecurrentTritonConfig
 from impls.launcher import forward_of
 from impls.layout_triton import bounds, inside, spans_before, state_offsets
 from impls.plan import Launch, Plan, Problem, options, tile_of
 from impls.registration import register_raw
 from impls.targets import Target
-from impls.targets import of as target_of
 
 
 @triton.jit(do_not_specialize=["T", "interval"])
@@ -109,17 +107,16 @@ def plan(problem: Problem, config: RecurrentTritonConfig, target: Target) -> Pla
 def recurrent_triton(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     """Return (o [B, T, HV, V], final state [N, HV, K, V] or None); arguments as `impls.fused_recurrent_kda`.
 
-    config: a RecurrentTritonConfig. Raises as `configs.recurrent_triton_config` and `call.call_raw` do. Not
+    config: a RecurrentTritonConfig. Raises as `choice.recurrent_triton_launch` and `call.call_raw` do. Not
     differentiable.
     """
-    K, V, dtype = q.shape[-1], v.shape[-1], DTYPE_NAMES[q.dtype]
-    config = recurrent_triton_config(config, chunk_size, K, V, dtype, target_of(q.device))
-    launch = [int(x) for x in astuple(config)]
+    launch = recurrent_triton_launch(config, chunk_size)
     return call_raw(op, q, k, v, g, beta, launch=launch, chunk_size=1, **keywords)
 
 
 def _plan_of(problem: Problem, target: Target, launch: tuple[int, ...]) -> Plan:
-    return plan(problem, RecurrentTritonConfig(*launch), target)
+    config = recurrent_triton_config(launch, problem.K, problem.V, problem.dtype, target)
+    return plan(problem, config, target)
 
 
 op = register_raw("recurrent_triton", forward_of(_plan_of))

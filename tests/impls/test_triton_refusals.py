@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from impls import ChunkTorchConfig, chosen, find, kda
+from impls.choice import chunk_triton_config, chunk_triton_launch
 from impls.configs import ChunkTritonConfig, RecurrentTritonConfig, invalid
+from impls.targets import named
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("chunk_triton", "recurrent_triton")
@@ -157,3 +159,10 @@ def test_unknown_keywords_and_intervals_between_chunks_are_refused(draw, name):
     if name == "chunk_triton":
         asked = {"return_intermediate_states": True, "state_interval": 24}
         refused(ValueError, "must be a multiple of the chunk size 16, got 24", name, inputs, **asked)
+
+
+def test_a_configuration_that_needs_too_much_shared_memory_is_refused_before_a_launch_with_one_that_fits():
+    launch = chunk_triton_launch(ChunkTritonConfig(chunk_size=64, walk_stages=5), None)
+    with pytest.raises(ValueError, match=r"walk needs \d+ bytes of shared memory .* gfx942 has 65536; .* would fit"):
+        chunk_triton_config(launch, 256, 256, "bfloat16", named("gfx942"))
+    assert chunk_triton_config((16,), 256, 256, "bfloat16", named("gfx942")).chunk_size == 16

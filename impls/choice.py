@@ -1,0 +1,78 @@
+"""Settle the configuration of one call: the caller's, checked, or the default for the sizes and the target."""
+
+from dataclasses import astuple
+from functools import lru_cache
+
+from impls.configs import ChunkTorchConfig, ChunkTritonConfig, RecurrentTritonConfig, invalid
+from impls.defaults import CHUNK, default_chunk, default_recurrent
+from impls.footprint import misfit
+from impls.targets import Target
+
+
+def chunk_torch_config(config: ChunkTorchConfig | None, chunk_size: int | None) -> ChunkTorchConfig:
+    """Return the configuration to run, given what was asked for; None leaves a choice to the default.
+
+    Raises TypeError for another kind of configuration, ValueError for an invalid or a contradictory one.
+    """
+    if config is None:
+        config = ChunkTorchConfig() if chunk_size is None else ChunkTorchConfig(chunk_size=chunk_size)
+    return _accepted(config, ChunkTorchConfig, "chunk_torch", chunk_size)
+
+
+def chunk_triton_launch(config: ChunkTritonConfig | None, chunk_size: int | None) -> tuple[int, ...]:
+    """Return what the op is told, C first: the fields of a configuration, or C alone, for the default of that C.
+
+    The default depends on sizes and device, which are known inside the op: under torch.compile this here is traced.
+    Raises as `chunk_torch_config`.
+    """
+    if config is not None:
+        return _numbers(_accepted(config, ChunkTritonConfig, "chunk_triton", chunk_size))
+    C = CHUNK if chunk_size is None else chunk_size
+    return (_accepted(ChunkTritonConfig(chunk_size=C), ChunkTritonConfig, "chunk_triton").chunk_size,)
+
+
+def recurrent_triton_launch(config: RecurrentTritonConfig | None, chunk_size: int | None) -> tuple[int, ...]:
+    """Return what the op is told: the fields of a configuration, or nothing; as `chunk_triton_launch`."""
+    if chunk_size is not None:
+        raise ValueError(f"chunk_size must be None for recurrent_triton, which has no chunks, got {chunk_size}")
+    return () if config is None else _numbers(_accepted(config, RecurrentTritonConfig, "recurrent_triton"))
+
+
+@lru_cache(maxsize=256)
+def chunk_triton_config(launch: tuple[int, ...], K: int, V: int, dtype: str, target: Target) -> ChunkTritonConfig:
+    """Return the configuration that `chunk_triton_launch` stands for on a target.
+
+    One that needs more shared memory than the target has is a ValueError that names what would fit.
+    """
+    told = len(launch) > 1
+    config = ChunkTritonConfig(*launch) if told else default_chunk(K, V, dtype, target, chunk_size=launch[0])
+    return _fitting(config, K, V, dtype, target)
+
+
+@lru_cache(maxsize=256)
+def recurrent_triton_config(
+    launch: tuple[int, ...], K: int, V: int, dtype: str, target: Target
+) -> RecurrentTritonConfig:
+    """Return the configuration that `recurrent_triton_launch` stands for on a target; as `chunk_triton_config`."""
+    config = RecurrentTritonConfig(*launch) if launch else default_recurrent(K, V, dtype, target)
+    return _fitting(config, K, V, dtype, target)
+
+
+def _numbers(config) -> tuple[int, ...]:
+    return tuple(int(x) for x in astuple(config))
+
+
+def _accepted(config, kind: type, name: str, chunk_size: int | None = None):
+    if not isinstance(config, kind):
+        raise TypeError(f"config must be a {kind.__name__} for {name}, got {config!r}")
+    if chunk_size is not None and chunk_size != config.chunk_size:
+        raise ValueError(f"chunk_size must be config.chunk_size = {config.chunk_size}, got {chunk_size}")
+    if reason := invalid(config):
+        raise ValueError(reason)
+    return config
+
+
+def _fitting(config, K: int, V: int, dtype: str, target: Target):
+    if reason := misfit(config, K, V, dtype, target):
+        raise ValueError(reason)
+    return config
