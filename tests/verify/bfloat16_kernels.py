@@ -53,10 +53,13 @@ def _cast(x_ptr, out_ptr, N: tl.constexpr):
 
 
 @triton.jit
-def _dot(a_ptr, b_ptr, c_ptr, out_ptr, ADD: tl.constexpr, N: tl.constexpr):
+def _dot(a_ptr, b_ptr, c_ptr, out_ptr, ADD: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr):
     o = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     a, b, c = tl.load(a_ptr + o), tl.load(b_ptr + o), tl.load(c_ptr + o)
-    z = tl.dot(tl.trans(a), b, acc=c) if ADD else tl.dot(tl.trans(a), b)
+    if ADD:
+        z = tl.dot(tl.trans(a), b, acc=c, input_precision=PRECISION)
+    else:
+        z = tl.dot(tl.trans(a), b, input_precision=PRECISION)
     tl.store(out_ptr + o, z)
 
 
@@ -87,10 +90,12 @@ def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def dot(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, add: bool, dtype: torch.dtype) -> torch.Tensor:
-    """Compute a^T b, plus c [16, 16] float32 with `add`, and store it as `dtype`."""
+def dot(
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, add: bool, dtype: torch.dtype, precision: str = "ieee"
+) -> torch.Tensor:
+    """Compute a^T b in a precision of Triton's, plus c [16, 16] float32 with `add`, and store it as `dtype`."""
     out = torch.empty(a.shape, dtype=dtype)
-    _dot[(1,)](a, b, c, out, ADD=add, N=SIZE)
+    _dot[(1,)](a, b, c, out, ADD=add, PRECISION=precision, N=SIZE)
     return out
 
 

@@ -58,6 +58,19 @@ def test_a_product_of_matrices_has_exact_operands_and_float32_sums(operand, stor
     torch.testing.assert_close(got, exact, rtol=0.004 if stored == BF16 else 1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("add", [False, True], ids=["alone", "onto an accumulator"])
+def test_a_product_in_tf32_loses_what_the_instruction_loses_and_three_of_them_do_not(add):
+    a, b, c = (drawn(seed, kernels.SIZE, kernels.SIZE, dtype=torch.float32) for seed in (3, 4, 5))
+    cut = [torch.from_numpy(interpreter.tf32(x.numpy())).double() for x in (a, b)]
+    start = c.double() if add else 0
+    exact, lost = a.double().T @ b.double() + start, cut[0].T @ cut[1] + start
+    got = {how: kernels.dot(a, b, c, add, torch.float32, how).double() for how in ("tf32", "tf32x3")}
+    torch.testing.assert_close(got["tf32"], lost, rtol=1e-6, atol=1e-6)
+    # two cuts leave 2^-20 of a factor: 16 products of up to 4 times 4
+    torch.testing.assert_close(got["tf32x3"], exact, rtol=0, atol=2.0**-20 * 16)
+    assert (lost - exact).abs().max() > 1e-4
+
+
 WIDER = {"ties": 1 + 2.0**-8, "odd ties": 1 + 3 * 2.0**-8, "just above a tie": 1 + 2.0**-8 + 2.0**-20}
 
 
