@@ -18,7 +18,7 @@ from impls import chunk_triton, recurrent_triton
 from impls.assembly import Code, Counts, counts, gcn, sass
 from impls.configs import ChunkTritonConfig, RecurrentTritonConfig
 from impls.estimate import Latency, latency
-from impls.plan import ITEMSIZE, Launch, Plan, Problem
+from impls.plan import Launch, Plan, Problem
 from impls.targets import Target
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -118,10 +118,11 @@ def _nvidia(cubin: bytes) -> tuple[int, int, Code]:
 
 
 def _amd(assembly: str) -> tuple[int, int, Code]:
-    """Read the metadata behind the code. Scalar registers are spilled into vector registers: no memory is touched."""
+    """Read the metadata behind the code. A stack that nothing is stored to is a slot kept for scalar registers."""
     field = {name: int(x) for name, x in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.M)}
-    stack = max(field["private_segment_fixed_size"], ITEMSIZE["float32"] * field["vgpr_spill_count"])
-    return field["vgpr_count"], stack, gcn(assembly)
+    code = gcn(assembly)
+    touched = field["vgpr_spill_count"] > 0 or counts(code.instructions, False).local > 0
+    return field["vgpr_count"], field["private_segment_fixed_size"] if touched else 0, code
 
 
 def _output(*command: str | Path) -> str:
