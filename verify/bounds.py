@@ -11,6 +11,9 @@ roundings (Higham and Mary 2019): with one, a right float32 run was 6.2 times th
 rounding of the sum goes the same way. `noise` is the same walk for independent roundings of matmul operands: squares
 add.
 
+Below an operand's smallest normal number, `least`, a rounding costs as much as at it: the written row, beta k, the
+decayed state and the decayed keys each pay for that, too. It shows in float16 (2^-14), with beta or values near it.
+
 Names: e, s belong to S_t; f, d are error and size of D_t. All are norms, so the bounds are normwise and never amplified
 inside the domain, unlike a majorant of absolute values (25 orders of magnitude too large at slow decay).
 """
@@ -18,7 +21,7 @@ inside the domain, unlike a majorant of absolute values (25 orders of magnitude 
 import numpy as np
 
 
-def forward(q, k, v, g, beta, S) -> dict[str, np.ndarray]:
+def forward(q, k, v, g, beta, S, least: float = 0.0) -> dict[str, np.ndarray]:
     """Walk [..., T, K] heads first. Returns [..., T, V]: e, s of S_t; lost, p of the decayed state; read of q^T S_t."""
     T, alpha, length = q.shape[-2], np.exp(g), np.sqrt(q.shape[-1])
     e, s = np.zeros_like(S[..., 0, :]), np.linalg.norm(S, axis=-2)
@@ -33,10 +36,12 @@ def forward(q, k, v, g, beta, S) -> dict[str, np.ndarray]:
         S = P + row.swapaxes(-1, -2) * delta
         norm = np.linalg.norm(k[..., t, :], axis=-1, keepdims=True)
         s = np.linalg.norm(S, axis=-2)
-        write = beta[..., t, None] * norm
-        e = carried + write * (3 * np.abs(v[..., t, :]) + (length + 3) * norm * p) + s
-        noise = np.hypot(most * noise, write * (np.abs(v[..., t, :]) + norm * p))
-        named = {"e": e, "s": s, "read": e + length * s, "lost": carried + length * p, "p": p, "noise": noise}
+        b, size = beta[..., t, None], np.abs(v[..., t, :]) + norm * p
+        write = b * norm
+        under = least * (norm + write * norm * length + (norm + 2 * length * b) * size)
+        e = carried + write * (3 * np.abs(v[..., t, :]) + (length + 3) * norm * p) + s + under
+        noise = np.hypot(most * noise, write * size + under)
+        named = {"e": e, "s": s, "read": e + length * (s + least), "lost": carried + length * p, "p": p, "noise": noise}
         for name, x in named.items():
             out[name][..., t, :] = x
     return out

@@ -216,12 +216,13 @@ def _floors(case: Case, inputs: Inputs, contract: PrecisionContract, backward: b
     scale, u = abs(inputs.resolved_scale), UNIT_ROUNDOFF[contract.accumulator]
     u_operand = max(UNIT_ROUNDOFF[contract.operand], u)
     narrow = OPERAND_SHARE * u_operand if u_operand > u else 0.0
+    least = SMALLEST_STEP[contract.operand] / (2 * u_operand) if narrow else 0.0
 
     def run(batch, tokens, states):
         arrays, S0 = inputs.heads_first(batch, tokens), case.initial[states]
-        sizes = bounds.forward(*arrays, S0)
+        sizes = bounds.forward(*arrays, S0, least)
         last, noise = (sizes[x][..., -1, :] if arrays[0].shape[-2] else 0 * S0[..., 0, :] for x in ("e", "noise"))
-        reach = scale * np.linalg.norm(arrays[0], axis=-1)
+        reach = scale * (np.linalg.norm(arrays[0], axis=-1) + least * np.sqrt(case.K))
         read = reach * np.linalg.norm(np.hypot(sizes["noise"], sizes["s"]), axis=-1)
         bound = {"never_o": reach * np.linalg.norm(sizes["read"], axis=-1), "never_S": last}
         out = bound | {"o": np.hypot(u * bound["never_o"], narrow * read), "S": np.hypot(u * last, narrow * noise)}

@@ -204,3 +204,15 @@ def test_activations_inside_are_the_specifications():
     inner = yardstick.activated(plain)
     assert np.allclose(np.linalg.norm(inner.k, axis=-1), 1, atol=1e-5)
     assert np.all((inner.beta > 0) & (inner.beta < 2) & np.all(inner.g <= 0))
+
+
+@pytest.mark.parametrize("C", [1, 16])
+@pytest.mark.parametrize("gates", ["zero", "resets_inf"])
+def test_subnormal_operands_are_paid_for(gates, C):
+    contract = default_contract("float16")
+    for recipe in drawings("float16", 12, betas="tiny", gates=gates, activation="none", sigmoid="none"):
+        case, bound = materialise(recipe), Trial(judged_as(lambda o, S: (o, S)), recipe).limits.never
+        yard = yardstick.measure(case, contract, backward=False)
+        for name, x in yardstick.simulate(case, contract, C).items():
+            error = np.linalg.norm(rows(name, x) - rows(name, yard.exact[name]), axis=-1)
+            assert np.all(error <= bound * yard.never[name])
