@@ -32,7 +32,7 @@ of that.
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m verify.calibrate", description=__doc__)
-    parser.add_argument("targets", nargs="+", help="implementations that are taken to be right, next to the simulators")
+    parser.add_argument("targets", nargs="*", help="implementations that are taken to be right, next to the simulators")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES, help="rows to measure; others are kept")
     parser.add_argument("--examples", type=int, default=2000, help="recipes per target and dtype")
     parser.add_argument("--seed", type=int, default=1, help="which recipes are drawn")
@@ -110,8 +110,8 @@ def _document(args: argparse.Namespace, found: list[dict]) -> dict:
                     into[name] = result
     rows = {f"any {kind}": {"limits": asdict(START)} for kind in ("beta<=1", "beta<=2")}
     rows = json.loads(FILE.read_text())["limits"] | rows
-    asked = f"{' '.join(args.targets)} --dtype {' '.join(args.dtype)} --examples {args.examples} --seed {args.seed}"
-    how = f"python -m verify.calibrate {asked}"
+    options = ["--dtype", *args.dtype, "--examples", str(args.examples), "--seed", str(args.seed)]
+    how = " ".join(["python -m verify.calibrate", *args.targets, *options])
     rows |= {
         kind: {"how": how, "versions": records.versions(), **_row(gates)} for kind, gates in sorted(merged.items())
     }

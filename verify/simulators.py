@@ -1,8 +1,10 @@
 """Slow runs of KDA that round operands and sums as a precision contract says: what a right implementation may lose.
 
 Two legal orders of operations, heads first ([..., T, K]): token by token (with its adjoint), and in chunks with the
-triangular solve of the WY form. Decays between two tokens are products of exp(g), so every gate down to minus infinity
-is legal. They share nothing with `kda_spec`, and nothing with the implementations that they help to judge.
+triangular solve of the WY form. Where a contract stores intermediates narrower than it sums, the solve is a product
+with the inverse as it is stored: unlike substitution, it does not correct one row's rounding in the next. Decays
+between two tokens are products of exp(g), so every gate down to minus infinity is legal. They share nothing with
+`kda_spec`, and nothing with the implementations that they help to judge.
 """
 
 from collections.abc import Callable
@@ -17,10 +19,12 @@ GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "dS0")
 
 @dataclass(frozen=True)
 class Rounding:
-    """Where a simulator rounds: matmul operands, and everything else to the accumulator's dtype."""
+    """Where a simulator rounds: matmul operands, the stored inverse, and everything else to the accumulator's dtype."""
 
     operand: str
     accumulator: str
+    stored: str
+    """The dtype of X diag(beta), X the inverse of a chunk's triangle; the accumulator's: nothing is stored."""
 
     @property
     def numpy(self) -> type:
@@ -107,8 +111,16 @@ def _chunk(q, k, v, alpha, beta, S, rounding: Rounding) -> tuple[np.ndarray, np.
         weighed = (between * k[..., : i + 1, :]).swapaxes(-1, -2)
         A[..., i, : i + 1] = (r(q[..., i : i + 1, :]) @ r(weighed))[..., 0, :]
         L[..., i, :i] = (beta[..., i : i + 1, :] * (r(k[..., i : i + 1, :]) @ r(weighed[..., :i])))[..., 0, :]
-    delta = beta * (v - r(k * before) @ r(S))
-    for i in range(1, C):
-        delta[..., i : i + 1, :] -= r(L[..., i : i + 1, :i]) @ r(delta[..., :i, :])
+    delta = _solved(L, beta, v - r(k * before) @ r(S), rounding)
     o = r(q * before) @ r(S) + r(A) @ r(delta)
     return o, before[..., -1, :, None] * S + r(between * k).swapaxes(-1, -2) @ r(delta)
+
+
+def _solved(L, beta, u, rounding: Rounding) -> np.ndarray:
+    """Return (I + L)^-1 diag(beta) u: by substitution, or by the stored inverse where that is narrower."""
+    r, stored = rounding.cast, rounding.stored != rounding.accumulator
+    x = beta * (np.broadcast_to(np.eye(L.shape[-1], dtype=L.dtype), L.shape) if stored else u)
+    for i in range(1, L.shape[-1]):
+        row, above = L[..., i : i + 1, :i], x[..., :i, :]
+        x[..., i : i + 1, :] -= row @ above if stored else r(row) @ r(above)
+    return round_to(x, rounding.stored) @ r(u) if stored else x

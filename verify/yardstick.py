@@ -96,7 +96,7 @@ def measure(case: Case, contract: PrecisionContract, backward: bool) -> Yardstic
     """Run the definition and the simulators on a case."""
     inner = activated(case)
     inputs = inner.inputs()
-    rounding = Rounding(contract.operand, contract.accumulator)
+    rounding = Rounding(contract.operand, contract.accumulator, contract.stored)
     exact, gradients_of = _exact(case, inputs, inner, backward)
     runs = [_simulate(inner, inputs, rounding, C) for C in (1, 16, 64)[: 3 if case.T > 16 else 2]]
     floors, never = _floors(inner, inputs, contract, backward)
@@ -115,7 +115,7 @@ def measure(case: Case, contract: PrecisionContract, backward: bool) -> Yardstic
 def simulate(case: Case, contract: PrecisionContract, C: int) -> dict[str, np.ndarray]:
     """Run a case as a kernel with chunks of C tokens that rounds where the contract says; o and S in their dtypes."""
     inner = activated(case)
-    outputs = _simulate(inner, inner.inputs(), Rounding(contract.operand, contract.accumulator), C)
+    outputs = _simulate(inner, inner.inputs(), Rounding(contract.operand, contract.accumulator, contract.stored), C)
     return {name: round_to(x.astype(np.float64), dtype_of(case, name)) for name, x in outputs.items()}
 
 
