@@ -46,7 +46,7 @@ exit code  {"; ".join(f"{code} {meaning}" for code, meaning in list(MEANINGS.ite
 
 examples   python -m autotune bench --device cuda:0 --minutes 20          all cases against all peers installed
            python -m autotune bench --device cuda:0 --cases 't8192-*' --minutes 8
-           python -m autotune bench --cases 'small-*' --minutes 2          the same code on the CPU
+           python -m autotune bench --cases 'small-*' --minutes 5          the same code on the CPU
            python -m autotune bench --show results/FILE.json               print the table of a file again
 """
 

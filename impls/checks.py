@@ -91,6 +91,8 @@ def check_packing(q, cu_seqlens, cu_seqlens_cpu) -> None:
             raise ValueError(f"{name} must have shape [N + 1], got {list(x.shape)}")
     if q.shape[0] != 1:
         raise ValueError(f"q must have batch size B = 1 with cu_seqlens, got B = {q.shape[0]}")
+    if cu_seqlens.shape[0] == 1 and q.shape[1] > 0:
+        raise ValueError(f"cu_seqlens must run from 0 to T = {q.shape[1]}, got one element, for no sequence")
     _device("cu_seqlens", cu_seqlens, q.device)
     if cu_seqlens_cpu is not None:
         _check_copy(cu_seqlens, cu_seqlens_cpu)

@@ -1,6 +1,6 @@
 """Settle the configuration of one call: the caller's, checked, or the default for the sizes and the target."""
 
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from functools import lru_cache
 
 from impls.configs import ChunkTorchConfig, ChunkTritonConfig, RecurrentTritonConfig, invalid
@@ -39,14 +39,16 @@ def recurrent_triton_launch(config: RecurrentTritonConfig | None, chunk_size: in
 
 
 @lru_cache(maxsize=256)
-def chunk_triton_config(launch: tuple[int, ...], K: int, V: int, dtype: str, target: Target) -> ChunkTritonConfig:
-    """Return the configuration that `chunk_triton_launch` stands for on a target.
+def chunk_triton_config(
+    launch: tuple[int, ...], K: int, V: int, dtype: str, target: Target, keeps: bool = False
+) -> ChunkTritonConfig:
+    """Return the configuration that `chunk_triton_launch` stands for on a target; keeps: states on the way are kept.
 
     One that needs more shared memory than the target has is a ValueError that names what would fit.
     """
     told = len(launch) > 1
-    config = ChunkTritonConfig(*launch) if told else default_chunk(K, V, dtype, target, chunk_size=launch[0])
-    return _fitting(config, K, V, dtype, target)
+    config = ChunkTritonConfig(*launch) if told else default_chunk(K, V, dtype, target, launch[0], keeps)
+    return _fitting(config, K, V, dtype, target, keeps)
 
 
 @lru_cache(maxsize=256)
@@ -72,7 +74,10 @@ def _accepted(config, kind: type, name: str, chunk_size: int | None = None):
     return config
 
 
-def _fitting(config, K: int, V: int, dtype: str, target: Target):
-    if reason := misfit(config, K, V, dtype, target):
+def _fitting(config, K: int, V: int, dtype: str, target: Target, keeps: bool = False):
+    capped = [name for name, x in asdict(config).items() if name.endswith("registers") and x]
+    if capped and target.backend == "hip":
+        raise ValueError(f"{capped[0]} must be 0 on {target.name}, whose compiler takes no cap, got {config}")
+    if reason := misfit(config, K, V, dtype, target, keeps):
         raise ValueError(reason)
     return config

@@ -154,10 +154,10 @@ def load_rows(x, i_c, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CONTIG
     return tl.load(x + offsets, mask=inside(o_c, C, o_k, K, K == BK), other=0.0)
 
 
-@triton.jit(do_not_specialize=["T", "N", "segment", "interval"])
+@triton.jit(do_not_specialize=["T", "N", "segment", "interval", "kept_rows"])
 def walk(
     q_before, k_before, k_after, last, q, k, g, A_log, dt_bias, v, A, X, cu_seqlens, initial, entering, left, o, final,
-    kept, T, N, segment, interval, scale, lower_bound,
+    kept, T, N, segment, interval, kept_rows, scale, lower_bound,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr, L2NORM: tl.constexpr, GATE: tl.constexpr, V_FIRST: tl.constexpr,
     OPERAND: tl.constexpr, APPROXIMATE: tl.constexpr, CONTIGUITY: tl.constexpr, RECOMPUTE: tl.constexpr,
@@ -229,8 +229,9 @@ def walk(
         if kept is not None:
             position = begin + i_t * C
             if position % interval == 0:
-                of_kept = state_offsets((i_kept + position // interval) * HV + i_h, o_v, o_k, K, V, V_FIRST)
-                tl.store(kept + of_kept, S.to(kept.dtype.element_ty), mask=inside(o_v, V, o_k, K, EVEN_K))
+                row = i_kept + position // interval
+                m_kept = inside(o_v, V, o_k, K, EVEN_K) & (row < kept_rows)
+                tl.store(kept + state_offsets(row * HV + i_h, o_v, o_k, K, V, V_FIRST), S, mask=m_kept)
         narrow = S.to(OPERAND)
         r = tl.trans(b_v).to(tl.float32) - tl.dot(narrow, tl.trans(kb), input_precision="ieee")
         delta = tl.dot(r.to(OPERAND), tl.trans(b_X), input_precision="ieee").to(OPERAND)
@@ -442,7 +443,7 @@ def chunk_triton(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
 
 
 def _plan_of(problem: Problem, target: Target, launch: tuple[int, ...]) -> Plan:
-    config = chunk_triton_config(launch, problem.K, problem.V, problem.dtype, target)
+    config = chunk_triton_config(launch, problem.K, problem.V, problem.dtype, target, problem.keeps)
     return plan(problem, config, target)
 
 

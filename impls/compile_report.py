@@ -18,12 +18,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from impls.configs import ChunkTritonConfig, RecurrentTritonConfig, invalid
-from impls.defaults import default_chunk, default_recurrent
+from impls.defaults import default_chunk, default_recurrent, recomputing
 from impls.plan import Problem
 from impls.targets import TARGETS, Target
 
 SCHEMA = 1
-KERNELS = ("intra", "walk", "summary", "combine", "recurrent")
+RECOMPUTE = "recompute"
+"""The walk that computes the decayed rows again; no default, so it may spill."""
+KERNELS = ("intra", "walk", "summary", "combine", "recurrent", RECOMPUTE)
 SEGMENTED = ("summary", "combine")
 """Kernels that only a plan with segments has."""
 SEGMENTS = 4
@@ -72,7 +74,7 @@ class Row:
     @property
     def failed(self) -> bool:
         """Tell whether the command fails by this row."""
-        return not self.fits or (self.spilled and self.K < MAY_SPILL)
+        return not self.fits or (self.spilled and self.K < MAY_SPILL and self.kernel != RECOMPUTE)
 
 
 def reference(K: int, dtype: str) -> Problem:
@@ -88,6 +90,7 @@ def configured(kernel: str, problem: Problem, target: Target, given: dict):
     if kernel == "recurrent":
         return given.get("recurrent_triton") or default_recurrent(problem.K, problem.V, problem.dtype, target)
     chunk = given.get("chunk_triton") or default_chunk(problem.K, problem.V, problem.dtype, target)
+    chunk = recomputing(chunk) if kernel == RECOMPUTE else chunk
     return replace(chunk, segments=SEGMENTS if kernel in SEGMENTED else 1)
 
 
@@ -99,11 +102,13 @@ def report(targets: Sequence[str], kernels: Sequence[str], head_dims: Sequence[i
     for K in head_dims:
         for target in map(TARGETS.__getitem__, targets):
             problem = reference(K, dtype)
-            jobs += [Job(problem, configured(kernel, problem, target, given), target, kernel) for kernel in kernels]
+            for kernel in kernels:
+                launch = "walk" if kernel == RECOMPUTE else kernel
+                jobs.append(Job(problem, configured(kernel, problem, target, given), target, launch))
     return [
         Row(
             target=job.target.name,
-            kernel=job.kernel,
+            kernel=RECOMPUTE if job.kernel == "walk" and job.config.recompute else job.kernel,
             K=job.problem.K,
             config=asdict(job.config),
             resources=None if isinstance(result, str) else asdict(result),
@@ -170,7 +175,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="only this one; may be repeated")
     parser.add_argument("--head-dims", default=",".join(map(str, HEAD_DIMS)), help="K = V (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--config", type=Path, help='JSON: {"chunk_triton": {field: value}, "recurrent_triton": {..}}')
+    shape = '{"chunk_triton": {field: value}, "recurrent_triton": {..}}'
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"JSON file: {shape}")
     parser.add_argument("--out", type=Path, help="file for the report in JSON")
     return parser.parse_args(arguments)
 

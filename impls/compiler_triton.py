@@ -25,7 +25,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 FLOAT32_BUFFERS = ("last", "left", "entering", "initial", "final", "kept", "A_log", "dt_bias")
 SCALARS = {
-    **dict.fromkeys(("T", "N", "segment", "interval"), "i32"),
+    **dict.fromkeys(("T", "N", "segment", "interval", "kept_rows"), "i32"),
     **dict.fromkeys(("scale", "lower_bound"), "fp32"),
 }
 PROCESSES = 2

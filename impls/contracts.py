@@ -63,6 +63,7 @@ def at_least_float32(dtype_name: str, bitwise: frozenset[str]) -> PrecisionContr
 def narrow_operands(dtype_name: str, bitwise: frozenset[str]) -> PrecisionContract:
     """Return the contract of the Triton chunk kernels: products of operands in the inputs' format, sums in float32.
 
+    In float16 a product q k within a chunk beyond 65,504 is infinite, as it is stored: |q| |k| must stay below that.
     The inverse multiplies in tf32 where beta |k|^2 <= 1 is certain, in three products of tf32 or in float32 elsewhere.
     """
     if dtype_name == "float32":

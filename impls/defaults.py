@@ -9,7 +9,7 @@ All of C = 16 for 16 bits spill nothing, at K = V = 256 either. C = 32 spills in
 there more than it saves in the walk; it is run only where the caller asks for it, as is C = 64.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from impls.configs import ChunkTritonConfig, RecurrentTritonConfig
 from impls.footprint import fitted
@@ -128,10 +128,13 @@ _RECURRENT = {
 """(backend, most key channels) -> row. One warp sums over the key channels without a barrier."""
 
 
-def default_chunk(K: int, V: int, dtype: str, target: Target, chunk_size: int | None = None) -> ChunkTritonConfig:
+def default_chunk(
+    K: int, V: int, dtype: str, target: Target, chunk_size: int | None = None, keeps: bool = False
+) -> ChunkTritonConfig:
     """Return the configuration for K, V in 1..256 on a target; C is 16 unless a chunk_size is asked for.
 
-    dtype: that of q, k, v. Where the row needs more shared memory than the target has, stages and value tile shrink.
+    dtype: that of q, k, v; keeps: whether states are kept on the way. Where the row needs more shared memory than the
+    target has, stages and value tile shrink.
     """
     C = chunk_size or CHUNK
     row = _nearest(_NARROW[family(target), C] if narrow(dtype) else _WIDE[_backend(target)], tile_of(K))
@@ -144,7 +147,16 @@ def default_chunk(K: int, V: int, dtype: str, target: Target, chunk_size: int | 
         walk_warps=row.walk_warps,
         walk_stages=row.stages,
     )
-    return fitted(config, K, V, dtype, target)
+    return fitted(config, K, V, dtype, target, keeps)
+
+
+def recomputing(config: ChunkTritonConfig) -> ChunkTritonConfig:
+    """Return the configuration that computes decayed rows again in the walk, so that it spills least.
+
+    One stage and threads that own whole columns: sm_90 255 / 0 at K = 64 and 242 / 0 at 128, sm_80 255 / 8 and 250 / 0,
+    sm_100 255 / 32 and 217 / 0, gfx942 377 / 0 and 407 / 0; with the rows of the default walk up to 2,904 bytes.
+    """
+    return replace(config, recompute=True, value_tile=32, walk_warps=4, walk_stages=1, walk_contiguity=1)
 
 
 def default_recurrent(K: int, V: int, dtype: str, target: Target) -> RecurrentTritonConfig:

@@ -20,7 +20,8 @@ Config = ChunkTritonConfig | RecurrentTritonConfig
 FLOAT32 = 4
 GROUP = 4
 """Warps that share one matrix instruction on Hopper and Blackwell; it takes 64 rows."""
-GROUPED = ("sm_90", "sm_100")
+GROUPED = (9, 10, 11)
+"""Major versions of the architectures that have it."""
 EXCHANGE = 512
 """Bytes per warp to turn a product's layout into that of the tile that is stored."""
 
@@ -64,7 +65,7 @@ def _walk(config: ChunkTritonConfig, problem: Problem, target: Target, summary: 
     row, square = C * BK * item, C * C * item
     loaded = row * (2 if summary else 3) + square * (1 if summary else 2)
     tiles = _Tiles(row, square, BV * BK * item, BV * C * item, loaded)
-    grouped = target.name in GROUPED and item < FLOAT32 and BV >= 64 and config.walk_warps % GROUP == 0
+    grouped = _grouping(target) and item < FLOAT32 and BV >= 64 and config.walk_warps % GROUP == 0
     state = BV * BK * FLOAT32
     if config.recompute:
         staged = (config.walk_stages + 1) * 2 * square + 3 * row + 2 * C * BK * FLOAT32
@@ -72,7 +73,13 @@ def _walk(config: ChunkTritonConfig, problem: Problem, target: Target, summary: 
     needed = _grouped(tiles, config, BV) if grouped else _single(tiles, config, item)
     # the state is loaded and stored in another layout than that of the products
     exchanged = summary or not target.nvidia or (config.walk_warps >= GROUP and not grouped)
-    return max(needed, state) if exchanged else needed
+    # a state that is kept is stored from within the loop, a quarter of it at a time: never less than what was compiled
+    kept = state // 4 if problem.keeps and not summary else 0
+    return (max(needed, state) if exchanged else needed) + kept
+
+
+def _grouping(target: Target) -> bool:
+    return target.backend == "interpret" or (target.nvidia and target.arch // 10 in GROUPED)
 
 
 def _grouped(tiles: _Tiles, config: ChunkTritonConfig, BV: int) -> int:
@@ -101,12 +108,13 @@ def _recurrent(config: RecurrentTritonConfig, problem: Problem) -> int:
     return min(config.value_tile, tile_of(problem.V)) * config.warps * FLOAT32
 
 
-def misfit(config: Config, K: int, V: int, dtype: str, target: Target) -> str | None:
+def misfit(config: Config, K: int, V: int, dtype: str, target: Target, keeps: bool = False) -> str | None:
     """Return None where every kernel fits the target's shared memory, else what is too large and what would fit.
 
-    dtype: that of q, k, v. Named are fewer stages where they are enough, else a smaller value tile, else a smaller C.
+    dtype: that of q, k, v; keeps: whether states are kept on the way. Named are fewer stages where they are enough,
+    else a smaller value tile, else a smaller C.
     """
-    problem = _sizes(K, V, dtype)
+    problem = _sizes(K, V, dtype, keeps)
     kernel, needed = _largest(config, problem, target)
     if needed <= target.shared_memory:
         return None
@@ -118,15 +126,17 @@ def misfit(config: Config, K: int, V: int, dtype: str, target: Target) -> str | 
     )
 
 
-def fitted(config: ChunkTritonConfig, K: int, V: int, dtype: str, target: Target) -> ChunkTritonConfig:
+def fitted(
+    config: ChunkTritonConfig, K: int, V: int, dtype: str, target: Target, keeps: bool = False
+) -> ChunkTritonConfig:
     """Return the configuration, or the nearest one of its C that fits; unchanged where none does: see `misfit`."""
-    problem = _sizes(K, V, dtype)
+    problem = _sizes(K, V, dtype, keeps)
     same = (x for x in _smaller(config) if x.chunk_size == config.chunk_size)
     return next((x for x in same if _largest(x, problem, target)[1] <= target.shared_memory), config)
 
 
-def _sizes(K: int, V: int, dtype: str) -> Problem:
-    return Problem(B=1, T=1, N=1, H=1, HV=1, K=K, V=V, dtype=dtype)
+def _sizes(K: int, V: int, dtype: str, keeps: bool) -> Problem:
+    return Problem(B=1, T=1, N=1, H=1, HV=1, K=K, V=V, dtype=dtype, keeps=keeps)
 
 
 def _largest(config, problem: Problem, target: Target) -> tuple[str, int]:

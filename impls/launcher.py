@@ -28,6 +28,7 @@ def forward_of(plan_of: Callable[[Problem, Target, tuple[int, ...]], Plan]) -> C
             dt_bias=dt_bias is not None, initial=initial_state is not None, final=output_final_state,
             keeps=state_interval > 0, v_first=state_v_first,
         )  # fmt: skip
+        _check_interpreter(q)
         _check_values(q, cu_seqlens, cu_seqlens_cpu)
         plan = plan_of(problem, target_of(q.device), tuple(launch))
         given = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias,
@@ -37,14 +38,29 @@ def forward_of(plan_of: Callable[[Problem, Target, tuple[int, ...]], Plan]) -> C
         workspace = {
             name: v.new_empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in plan.workspace.items()
         }
-        numbers = {"interval": state_interval, "scale": scale, "lower_bound": lower_bound or 0.0}
+        # the rows of the states that are kept were counted by the packing on the host: no kernel writes beyond them
+        rows = outputs["kept"].shape[0] * outputs["kept"].shape[1] if problem.keeps else 0
+        numbers = {"interval": state_interval, "kept_rows": rows, "scale": scale, "lower_bound": lower_bound or 0.0}
         scalars = {"T": T, "N": problem.N, **numbers, **plan.scalars}
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-            for launch in plan.launches:
-                launch.run(buffers | outputs | workspace, scalars)
+            for step in plan.launches:
+                step.run(buffers | outputs | workspace, scalars)
         return outputs["o"], outputs["final"], outputs["kept"]
 
     return forward
+
+
+def _check_interpreter(q: torch.Tensor) -> None:
+    """Refuse bfloat16 in an interpreter that multiplies its bit patterns: results were 10 orders of magnitude off."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_mended_bfloat16"):
+        raise ValueError(
+            "q must be float32 or float16 in Triton's own interpreter, whose bfloat16 is wrong, got bfloat16; "
+            "verify.interpreter.repair() mends it"
+        )
 
 
 def _check_values(q: torch.Tensor, cu_seqlens, cu_seqlens_cpu) -> None:

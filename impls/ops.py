@@ -33,7 +33,7 @@ def _refuse_elsewhere(cp_context, use_graph: bool, max_num_seqs: int | None) -> 
         )
     checks.check_flag("use_graph", use_graph)
     if use_graph:
-        raise ValueError("use_graph must be False: cu_seqlens is read on the host here, got use_graph=True")
+        raise ValueError("use_graph must be False: these ops bound nothing by it, got use_graph=True")
     if max_num_seqs is not None:
         raise ValueError(f"max_num_seqs must be None without use_graph=True, got {max_num_seqs}")
 
@@ -61,7 +61,9 @@ def _run(form: str | None, q, k, v, g, beta, keywords: dict) -> tuple[torch.Tens
     checks.check_inputs(q, k, v, g, beta)
     chunk_size = keywords.get("chunk_size")
     if form is None:
-        form = "recurrent" if chunk_size is None and q.shape[1] <= DECODE_TOKENS else "chunk"
+        packing = keywords.get("cu_seqlens")
+        longest = q.shape[1] if packing is None else q.shape[1] // max(1, len(packing) - 1)
+        form = "recurrent" if chunk_size is None and longest <= DECODE_TOKENS else "chunk"
     others = (keywords.get(name) for name in ("initial_state", "A_log", "dt_bias"))
     backward = checks.wants_gradient((q, k, v, g, beta, *others))
     implementation = chosen(form=form, backward=backward, chunk_size=chunk_size, **described(q, v))
@@ -227,7 +229,8 @@ def kda(
 ) -> tuple[torch.Tensor, ...]:
     """Run Kimi Delta Attention with the implementation of that name, or with the first that fits these inputs.
 
-    Without a name up to DECODE_TOKENS tokens run token by token, unless a chunk_size is given, and more in chunks.
+    Without a name up to DECODE_TOKENS tokens (of packed sequences, on average) run token by token, unless a chunk_size
+    is given, and more in chunks.
     keywords: those of `chunk_kda` from scale onwards, with its meaning; an unknown one is a TypeError. config: a launch
     configuration of the implementation, which must then be named. Raises KeyError for an unknown name, ValueError for a
     config without a name and for inputs that nothing supports, with every reason, and what the implementation raises:

@@ -24,9 +24,10 @@ from impls.registration import register_raw
 from impls.targets import Target
 
 
-@triton.jit(do_not_specialize=["T", "interval"])
+@triton.jit(do_not_specialize=["T", "interval", "kept_rows"])
 def recurrent(
-    q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial, o, final, kept, T, interval, scale, lower_bound,
+    q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial, o, final, kept, T, interval, kept_rows, scale,
+    lower_bound,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, V_FIRST: tl.constexpr,
 ):
@@ -64,8 +65,9 @@ def recurrent(
         n_beta = tl.load(beta, mask=some, other=0.0)
         if kept is not None:  # noqa: SIM102 - what is known when compiling is not mixed with what is not
             if i_t % interval == 0:
-                of_kept = state_offsets((i_kept + i_t // interval) * HV + i_h, o_v, o_k, K, V, V_FIRST)
-                tl.store(kept + of_kept, S.to(kept.dtype.element_ty), mask=m_s)
+                row = i_kept + i_t // interval
+                m_kept = m_s & (row < kept_rows)
+                tl.store(kept + state_offsets(row * HV + i_h, o_v, o_k, K, V, V_FIRST), S, mask=m_kept)
         b_q, b_k = b_q[None, :], b_k[None, :]
         if L2NORM:
             b_q *= inverse_norm(b_q, False)

@@ -81,7 +81,7 @@ class Impl:
         if not (1 <= K <= MAX_HEAD_DIM and 1 <= V <= MAX_HEAD_DIM):
             return f"{self.name} takes K and V from 1 to {MAX_HEAD_DIM}, not K = {K}, V = {V}"
         if backward and not self.backward:
-            return f"{self.name} has no backward"
+            return f"{self.name} has no backward: call it under torch.no_grad(), or take chunk_torch"
         if chunk_size is not None and chunk_size not in (self.chunk_sizes or ()):
             return f"{self.name} takes chunk sizes {self.chunk_sizes or 'of no kind'}, not {chunk_size}"
         return None

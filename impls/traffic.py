@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from impls.plan import ITEMSIZE, Launch, Plan, Problem
-from impls.targets import named
+from impls.targets import TARGETS
 from kda_spec.costs import minimal_bytes, tree_chunk_flops
 from kda_spec.types import Sizes
 
@@ -197,13 +197,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from impls.defaults import default_chunk
 
     parser = argparse.ArgumentParser(prog="python -m impls.traffic", description=__doc__.splitlines()[0])
-    parser.add_argument("--target", default="sm_90", type=named, help="for its default configuration (%(default)s)")
-    parser.add_argument("--head-dim", default=128, type=int, help="K = V (%(default)s)")
+    about = "for its default configuration (%(default)s)"
+    parser.add_argument("--target", default="sm_90", choices=TARGETS, metavar="NAME", help=about)
+    parser.add_argument("--head-dim", default=128, type=int, choices=(64, 128, 256), help="K = V (%(default)s)")
     options, rows = parser.parse_args(arguments), []
+    target = TARGETS[options.target]
     for name, sizes in CASES.items():
         problem = replace(case(**sizes), K=options.head_dim, V=options.head_dim)
-        config = default_chunk(problem.K, problem.V, problem.dtype, options.target)
-        launches = counted(plan(problem, config, options.target), problem)
+        config = default_chunk(problem.K, problem.V, problem.dtype, target)
+        launches = counted(plan(problem, config, target), problem)
         least = minimum(problem, config.chunk_size)
         rows += [(name, launch, least) for launch in (*launches, total(launches))]
     page = Console()

@@ -36,6 +36,9 @@ examples   python -m verify                                           our implem
 """
 
 
+UNWATCHED = 140
+"""Columns where nobody watches: a table with names cut off cannot be read in a log."""
+
 SHOWN = 5
 """Failures of one target that are printed in full; every one is kept in a file."""
 
@@ -109,6 +112,7 @@ def _add_files(p: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     console = Console()
+    console = console if console.is_terminal else Console(width=UNWATCHED)
     try:
         return _command(parser().parse_args(argv), console)
     except UsageError as error:

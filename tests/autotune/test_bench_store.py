@@ -206,6 +206,6 @@ def test_a_lost_device_is_remembered_at_once(path):
     assert "illegal" in opened(path).casualty("t1024-h4-bounded", "fla")
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("bench-*.json")), ids=lambda path: path.name)
 def test_results_that_are_kept_can_be_read(path):
     assert store.read(path)["cases"]

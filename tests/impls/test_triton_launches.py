@@ -123,8 +123,8 @@ def test_the_rule_cuts_long_sequences_of_few_heads_and_can_be_overridden(asked, 
 def test_without_a_program_nothing_is_launched(draw, launched):
     kda(*draw(0, 5, 1, 1, 3, 2), implementation="recurrent_triton")
     assert launched == []
-    assert plan.options(4, 2) == {"num_warps": 4, "num_stages": 2}
-    assert plan.options(4, 2, 96) == {"num_warps": 4, "num_stages": 2, "maxnreg": 96}
+    assert plan.options(4, 2) == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    assert plan.options(4, 2, 96) == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, "maxnreg": 96}
 
 
 MODES = [
