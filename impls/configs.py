@@ -83,7 +83,8 @@ def _invalid_triton(config: ChunkTritonConfig | RecurrentTritonConfig) -> str | 
     for field in fields(config):
         allowed, value = _ALLOWED[field.name.removeprefix("intra_").removeprefix("walk_")], getattr(config, field.name)
         if value not in allowed:
-            known = f"from {allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else f"one of {', '.join(map(str, allowed))}"
+            every = f"one of {', '.join(map(str, allowed))}"
+            known = f"from {allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else every
             return f"{field.name} must be {known}, got {value!r}"
     if isinstance(config, ChunkTritonConfig) and config.chunk_size // config.intra_tiles < SMALLEST_TILE:
         return f"intra_tiles must be 1 where chunk_size is {config.chunk_size}, got {config.intra_tiles}"
