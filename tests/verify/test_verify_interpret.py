@@ -208,6 +208,14 @@ def test_the_command_judges_an_interpreted_kernel_and_names_the_budget(command, 
     assert "no counterexample in" in ended.out and "on interpret" in ended.out
 
 
+def test_the_segments_of_chunk_triton_are_judged_too(command, tmp_path):
+    """The rule never cuts in the interpreter, so a configuration does."""
+    (tmp_path / "segments.json").write_text('{"segments": 3, "value_tile": 16}')
+    only = ("--device", "interpret", "--property", "reference_forward,split,varlen_separate,state_v_first,padding")
+    ended = command("chunk_triton", *only, "--config", tmp_path / "segments.json", "--out", tmp_path)
+    assert ended.code == session.PASS, ended
+
+
 @pytest.mark.parametrize("device, code", [("cpu", session.PASS), ("interpret", session.FAILED)])
 def test_a_worker_interprets_if_and_only_if_that_is_its_device(command, tmp_path, device, code):
     only = ("--device", device, "--profile", "smoke", "--property", "split", "--max-examples", 1)
