@@ -82,6 +82,21 @@ def test_every_configuration_agrees_from_and_to_states_in_both_layouts(draw, dra
         assert relative_error(h[0, i].mT, S[0]) <= FLOAT32
 
 
+# Several pieces of the transition; K == BK and V % value tile == 0, so that only the rows of tiles are masked.
+PIECES = [(64, 32), (100, 16), (256, 17)]
+
+
+@pytest.mark.parametrize("K, V", PIECES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bounds", [None, (0, 3, 3, 70)], ids=["padded", "packed"])
+def test_segments_agree_where_a_transition_takes_several_pieces(draw, draw_state, K, V, dtype, bounds):
+    inputs, config = draw(1, 70, 1, 1, K, V, dtype), ChunkTritonConfig(value_tile=16, segments=3)
+    S0 = draw_state(1 if bounds is None else len(bounds) - 1, 1, K, V)
+    packing = None if bounds is None else torch.tensor(bounds)
+    exact = reference(inputs, initial_state=S0, cu_seqlens=packing)
+    assert_agree("chunk_triton", inputs, exact, config=config, initial_state=S0, cu_seqlens=packing)
+
+
 @pytest.mark.parametrize("segments", [1, 2, 5])
 @pytest.mark.parametrize("initial", [False, True])
 def test_kept_states_of_segments_enter_every_interval(draw, draw_state, segments, initial):
