@@ -79,6 +79,41 @@ def test_between_the_kernels_lie_at_most_5_tensors_of_the_size_of_q(target, C, d
     assert all(nbytes(*buffer) <= q for buffer in planned.workspace.values())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_packed_sequences_of_64_tokens_need_no_more_than_5_tensors_either(dtype):
+    asked = problem(T=4096, B=1, N=64, packed=True, dtype=dtype)
+    planned = chunk_triton.plan(asked, ChunkTritonConfig(chunk_size=16, segments=1), named("sm_90"))
+    q = nbytes(dtype, (1, 4096, 4, 128))
+    assert 4096 // 16 < planned.workspace["A"][1][0] <= 4096 // 16 + 64
+    assert q < sum(nbytes(*buffer) for buffer in planned.workspace.values()) <= 5 * q
+
+
+# Where beta |k|^2 <= 1 is certain tf32 is enough; AMD has neither, and the interpreter is asked as NVIDIA is.
+PRECISIONS = [
+    ("bfloat16", "once", True, "tf32"),
+    ("float16", "once", True, "tf32"),
+    ("bfloat16", "once", False, "tf32x3"),
+    ("bfloat16", "twice", True, "tf32x3"),
+    ("float16", "twice", True, "tf32x3"),
+    ("bfloat16", "none", True, "tf32x3"),
+    ("bfloat16", "none", False, "tf32x3"),
+    ("float32", "once", True, "ieee"),
+    ("float32", "twice", True, "ieee"),
+    ("float32", "none", True, "ieee"),
+]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942", "interpret"])
+@pytest.mark.parametrize("dtype, sigmoid, l2norm, on_nvidia", PRECISIONS)
+def test_the_contract_picks_the_precision_of_the_inverse_and_of_combining(target, dtype, sigmoid, l2norm, on_nvidia):
+    asked, precise = problem(dtype=dtype, sigmoid=sigmoid, l2norm=l2norm), target == "gfx942"
+    assert plan.inverse_precision(asked, named(target)) == ("ieee" if precise else on_nvidia)
+    launches = chunk_triton.plan(asked, ChunkTritonConfig(segments=2), named(target)).launches
+    found = {launch.name: launch.constants["PRECISION"] for launch in launches}
+    assert found["intra"] == ("ieee" if precise else on_nvidia)
+    assert found["combine"] == ("ieee" if precise or dtype == "float32" else "tf32x3")
+
+
 @pytest.mark.parametrize("C", [16, 32, 64])
 def test_a_walk_that_recomputes_needs_the_square_matrices_only(C):
     planned = chunk_triton.plan(problem(), ChunkTritonConfig(chunk_size=C, recompute=True, segments=1), named("sm_90"))

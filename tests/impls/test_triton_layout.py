@@ -116,20 +116,24 @@ class Guarded:
         return all(band.isnan().all() for band in self.bands)
 
 
-def run_unchecked(plan_of, config, inputs, S0, cu_seqlens):
-    """Launch a plan with a packing that nobody looked at, all buffers guarded; return o, the final state, the guard."""
+def run_unchecked(plan_of, config, inputs, S0, cu_seqlens, rows):
+    """Launch a plan with a packing that nobody looked at, all buffers guarded: o, final state, kept states, the guard.
+
+    There is room for `rows` kept states, as many as another copy of the packing may have counted.
+    """
     (_, T, H, K), (HV, V), N = inputs[0].shape, inputs[2].shape[2:], len(cu_seqlens) - 1
-    asked = Problem(1, T, N, H, HV, K, V, "float32", packed=True, initial=True, final=True)
+    asked = Problem(1, T, N, H, HV, K, V, "float32", packed=True, initial=True, final=True, keeps=True)
     planned, guarded = plan_of(asked, config, named("interpret")), Guarded()
     buffers = dict(zip(["q", "k", "v", "g", "beta"], map(guarded, inputs), strict=True))
     buffers |= {"initial": guarded(S0), "cu_seqlens": torch.tensor(cu_seqlens)}
     buffers |= {"o": guarded(torch.zeros_like(inputs[2])), "final": guarded(torch.zeros_like(S0))}
+    buffers["kept"] = guarded(torch.zeros(1, rows, HV, K, V))
     for name, (dtype, shape) in planned.workspace.items():
         buffers[name] = guarded(torch.zeros(shape, dtype=getattr(torch, dtype)))
-    scalars = {"T": T, "N": N, "interval": 0, "scale": 1.0, "lower_bound": 0.0}
+    scalars = {"T": T, "N": N, "interval": 16, "kept_rows": rows, "scale": 1.0, "lower_bound": 0.0}
     for launch in planned.launches:
         launch.run(buffers, scalars | planned.scalars)
-    return buffers["o"], buffers["final"], guarded
+    return buffers["o"], buffers["final"], buffers["kept"], guarded
 
 
 PLANS = [
@@ -154,18 +158,23 @@ WRONG = [
 @pytest.mark.parametrize("cu_seqlens", WRONG, ids=str)
 def test_wrong_packings_read_and_write_nothing_out_of_bounds(draw, draw_state, plan_of, config, cu_seqlens):
     inputs, S0 = draw(1, 35, 1, 1, 5, 3), draw_state(len(cu_seqlens) - 1, 1, 5, 3)
-    o, S, guarded = run_unchecked(plan_of, config, inputs, S0, cu_seqlens)
-    assert guarded.untouched() and o.isfinite().all() and S.isfinite().all()
+    *found, guarded = run_unchecked(plan_of, config, inputs, S0, cu_seqlens, rows=3)
+    assert guarded.untouched() and all(x.isfinite().all() for x in found)
 
 
 @pytest.mark.parametrize("plan_of, config", PLANS, ids=["chunk", "segments", "recompute", "recurrent"])
-def test_right_packings_between_guards_give_what_they_give_without(draw, draw_state, plan_of, config):
-    inputs, S0 = draw(1, 35, 1, 1, 5, 3), draw_state(4, 1, 5, 3)
-    o, S, guarded = run_unchecked(plan_of, config, inputs, S0, [0, 0, 19, 20, 35])
+@pytest.mark.parametrize("rows", [0, 1, 4, 5])
+def test_right_packings_between_guards_keep_as_many_states_as_there_is_room_for(
+    draw, draw_state, plan_of, config, rows
+):
+    inputs, S0, bounds = draw(1, 35, 1, 1, 5, 3), draw_state(4, 1, 5, 3), torch.tensor([0, 0, 19, 20, 35])
+    *found, kept, guarded = run_unchecked(plan_of, config, inputs, S0, bounds.tolist(), rows)
     name = "recurrent_triton" if isinstance(config, RecurrentTritonConfig) else "chunk_triton"
-    asked = {"config": config, "cu_seqlens": torch.tensor([0, 0, 19, 20, 35]), "initial_state": S0, "scale": 1.0}
-    expected = kda(*inputs, implementation=name, output_final_state=True, **asked)
-    assert guarded.untouched() and torch.equal(o, expected[0]) and torch.equal(S, expected[1])
+    asked = {"config": config, "cu_seqlens": bounds, "initial_state": S0, "scale": 1.0, "output_final_state": True}
+    *expected, h = kda(*inputs, implementation=name, return_intermediate_states=True, state_interval=16, **asked)
+    assert h.shape[1] == 4 and guarded.untouched()
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert torch.equal(kept[:, :4], h[:, :rows]) and not kept[:, 4:].any()
 
 
 @pytest.mark.parametrize("name", ["chunk_triton", "recurrent_triton"])
