@@ -10,7 +10,7 @@ from impls import activations_triton
 # PTX ISA: ex2.approx.ftz.f32 errs by 2^-22.5 relatively, lg2.approx.ftz.f32 by 2^-22 on either side of 1; both flush.
 EX2, LG2 = 2.0**-22, 2.0**-22
 BOUND = 2.0**-10
-"""Of the relative error in base 2: 9.0e-4 measured, at x = -12 where lg2 takes over; half an ulp of bfloat16 is 2e-3."""
+"""Of the relative error in base 2: 9.0e-4 measured, at x = -12 where lg2 takes over; half a bfloat16 ulp is 2e-3."""
 
 
 def flushed(x):
