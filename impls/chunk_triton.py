@@ -210,11 +210,13 @@ def walk(
     if kept is not None:
         i_kept = spans_before(cu_seqlens, i_n, T, interval)
     # v and the decay are fetched a chunk ahead by hand: the compiler pipelines only what goes into products unchanged
-    b_v = tl.load(v + of_v, mask=inside(o_c, length, o_v, V, EVEN_V), other=0.0)
+    next_v = tl.load(v + of_v, mask=inside(o_c, length, o_v, V, EVEN_V), other=0.0)
     if not RECOMPUTE:
-        total = tl.load(last + i_c * K + o_k, mask=(o_k < K) & (length > 0), other=0.0)
+        next_total = tl.load(last + i_c * K + o_k, mask=(o_k < K) & (length > 0), other=0.0)
     for i_t in range(0, (length + C - 1) // C):
-        rest = length - i_t * C
+        rest, b_v = length - i_t * C, next_v
+        v += C * HV * V
+        next_v = tl.load(v + of_v, mask=inside(o_c, rest - C, o_v, V, EVEN_V), other=0.0)
         if RECOMPUTE:
             b_q, b_k, alpha = activated(
                 q, k, g, A_log, dt_bias, lower_bound, first + i_t * C, rest, i_h,
@@ -224,31 +226,30 @@ def walk(
             qb, kb, ka = qb.to(OPERAND), kb.to(OPERAND), ka.to(OPERAND)
         else:
             kb, ka = load_rows(k_before, i_c, K, BK, C, CONTIGUITY), load_rows(k_after, i_c, K, BK, C, CONTIGUITY)
-            decay = total[None, :]
+            if not SUMMARY:
+                qb = load_rows(q_before, i_c, K, BK, C, CONTIGUITY)
+            decay = next_total[None, :]
+            next_total = tl.load(last + (i_c + HV) * K + o_k, mask=(o_k < K) & (rest > C), other=0.0)
         b_X = tl.load(X + i_c * (C * C) + of_c)
         if kept is not None:
             position = begin + i_t * C
             if position % interval == 0:
                 row = i_kept + position // interval
-                m_kept = inside(o_v, V, o_k, K, EVEN_K) & (row < kept_rows)
+                m_kept = inside(o_v, V, o_k, K, EVEN_K) & (row >= 0) & (row < kept_rows)
                 tl.store(kept + state_offsets(row * HV + i_h, o_v, o_k, K, V, V_FIRST), S, mask=m_kept)
         narrow = S.to(OPERAND)
         r = tl.trans(b_v).to(tl.float32) - tl.dot(narrow, tl.trans(kb), input_precision="ieee")
-        delta = tl.dot(r.to(OPERAND), tl.trans(b_X), input_precision="ieee").to(OPERAND)
         if not SUMMARY:
-            if not RECOMPUTE:
-                qb = load_rows(q_before, i_c, K, BK, C, CONTIGUITY)
             b_o = tl.dot(narrow, tl.trans(qb), input_precision="ieee")
+        delta = tl.dot(r.to(OPERAND), tl.trans(b_X), input_precision="ieee").to(OPERAND)
+        # the next chunk waits for the state, nothing waits for the outputs
+        S = tl.dot(delta, ka, S * decay, input_precision="ieee")
+        if not SUMMARY:
             b_A = tl.load(A + i_c * (C * C) + of_c)
             b_o = tl.trans(tl.dot(delta, tl.trans(b_A), b_o, input_precision="ieee") * scale)
             tl.store(o + of_v, b_o.to(o.dtype.element_ty), mask=inside(o_c, rest, o_v, V, EVEN_V))
             o += C * HV * V
-        S = tl.dot(delta, ka, S * decay, input_precision="ieee")
         i_c += HV
-        v += C * HV * V
-        b_v = tl.load(v + of_v, mask=inside(o_c, rest - C, o_v, V, EVEN_V), other=0.0)
-        if not RECOMPUTE:
-            total = tl.load(last + i_c * K + o_k, mask=(o_k < K) & (rest > C), other=0.0)
     if SUMMARY:
         o_s = tl.where(i_v < VALUES, o_v, V + o_v - VALUES * BV)
         of_left = ((i_s * HV + i_h) * (V + K) + o_s[:, None]) * K + o_k[None, :]
@@ -306,8 +307,8 @@ COMBINED_COLUMNS = 16
 """Value channels of one program of `combine`: the fewest that a matrix instruction takes."""
 RESIDENT = 2
 """Programs of the walk that fit a processor at once: 4 warps of some 200 registers."""
-LAUNCH_STEPS, COMBINE_STEPS = 16, 5
-"""What two launches more, and one segment more in `combine`, take, in steps of the walk over one chunk (0.6 us on an
+LAUNCH_STEPS, COMBINE_STEPS = 24, 7
+"""What two launches more, and one segment more in `combine`, take, in steps of the walk over one chunk (0.4 us on an
 H200 by estimate; 10 us and 3 us): not measured."""
 
 

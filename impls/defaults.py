@@ -5,8 +5,9 @@ T = 8192, H = 64, K = V, the gate and the norms inside; beside each row stand th
 
     registers / bytes spilled, microseconds by estimate     of intra | of the walk
 
-All of C = 16 for 16 bits spill nothing, at K = V = 256 either. C = 32 spills in intra nearly everywhere, and costs
-there more than it saves in the walk; it is run only where the caller asks for it, as is C = 64.
+All of C = 16 for 16 bits spill nothing, at K = V = 256 either but for the walk on sm_80 (40 bytes; no row spills none).
+C = 32 spills in intra nearly everywhere, and costs there more than it saves in the walk; it is run only where the
+caller asks for it, as is C = 64.
 """
 
 from dataclasses import dataclass, replace
@@ -35,70 +36,70 @@ _NARROW = {
     ("sm_80", 16): {
         16: _Row(1, 1, 2, 16, 1, 3),
         32: _Row(1, 1, 2, 32, 2, 3),
-        64: _Row(1, 2, 1, 64, 4, 3),  # 154 / 0, 296 | 164 / 0, 401
-        128: _Row(1, 2, 2, 128, 8, 3),  # 247 / 0, 514 | 248 / 0, 705; value tile 32: 204 / 0, 1232; 64: spills 48
-        256: _Row(1, 8, 1, 16, 4, 2),  # 156 / 0, 2263 | 185 / 0, 3694; intra with 4 warps 1246, 32 spilled
+        64: _Row(1, 2, 1, 32, 2, 3),  # 154 / 0, 296 | 165 / 0, 281; value tile 64: 343
+        128: _Row(1, 2, 2, 64, 4, 3),  # 247 / 0, 514 | 247 / 0, 465; value tile 128: 558
+        256: _Row(1, 8, 1, 64, 4, 3),  # 156 / 0, 2263 | 255 / 40, 1602; value tile 16: 4081, 16 spilled
     },
     ("sm_90", 16): {
-        16: _Row(1, 1, 2, 16, 1, 3),  # 112 / 0, 52 | 80 / 0, 253
-        32: _Row(1, 1, 2, 32, 2, 3),  # 168 / 0, 84 | 113 / 0, 270
-        64: _Row(1, 1, 2, 64, 4, 3),  # 232 / 0, 129 | 120 / 0, 266; intra with 2 warps 195
-        128: _Row(1, 2, 2, 64, 4, 3),  # 191 / 0, 351 | 191 / 0, 321; value tile 32: 473, 128: 532
-        256: _Row(1, 4, 2, 64, 8, 3),  # 195 / 0, 769 | 246 / 0, 1417; value tile 32 with 4 warps 1461, 56 spilled
+        16: _Row(1, 1, 2, 16, 1, 3),  # 112 / 0, 52 | 94 / 0, 173
+        32: _Row(1, 1, 2, 32, 2, 3),  # 168 / 0, 84 | 130 / 0, 188
+        64: _Row(1, 1, 2, 64, 4, 3),  # 232 / 0, 129 | 140 / 0, 192; intra with 2 warps 195
+        128: _Row(1, 2, 2, 64, 4, 3),  # 191 / 0, 351 | 201 / 0, 220; value tile 32: 257, 128: 441
+        256: _Row(1, 4, 2, 64, 8, 3),  # 195 / 0, 769 | 253 / 0, 1085; value tile 32 with 2 warps 670, 72 spilled
     },
     # Blackwell: from 64 value channels on products go through tensor memory, and a chunk of the walk waits for four
     ("sm_100", 16): {
         16: _Row(1, 1, 2, 16, 1, 3),
         32: _Row(1, 1, 2, 32, 2, 3),
-        64: _Row(1, 1, 2, 32, 2, 3),  # 250 / 0, 110 | 151 / 0, 350; value tile 64: 726
-        128: _Row(1, 2, 2, 32, 4, 3),  # 192 / 0, 293 | 203 / 0, 423; value tile 64: 900
-        256: _Row(1, 4, 2, 64, 8, 3),  # 191 / 0, 626 | 228 / 0, 2340; value tile 32 with 4 warps 1386, 168 spilled
+        64: _Row(1, 1, 2, 32, 2, 3),  # 250 / 0, 110 | 165 / 0, 182; value tile 64: 712
+        128: _Row(1, 2, 2, 32, 2, 3),  # 192 / 0, 293 | 229 / 0, 263; value tile 64: 761
+        256: _Row(1, 4, 2, 64, 8, 3),  # 191 / 0, 626 | 229 / 0, 2067; value tile 32 with 2 warps 635, 104 spilled
     },
     ("gfx942", 16): {
-        16: _Row(1, 1, 1, 16, 1, 2),  # 138 / 0, 121 | 94 / 0, 413
-        32: _Row(1, 1, 2, 16, 1, 2),  # 219 / 0, 198 | 108 / 0, 542
-        64: _Row(1, 1, 1, 16, 1, 2),  # 276 / 0, 345 | 168 / 0, 530; value tile 32: 762
-        128: _Row(1, 2, 1, 16, 1, 2),  # 276 / 0, 910 | 239 / 0, 670; intra with 1 warp spills 372; value tile 32: 949
-        256: _Row(1, 2, 1, 64, 8, 2),  # 504 / 0, 1918 | 222 / 0, 1707; intra with 4 warps spills 8
+        16: _Row(1, 1, 1, 16, 1, 2),  # 138 / 0, 121 | 84 / 0, 306
+        32: _Row(1, 1, 2, 16, 1, 2),  # 219 / 0, 198 | 114 / 0, 352
+        64: _Row(1, 1, 1, 16, 1, 2),  # 276 / 0, 345 | 162 / 0, 430; value tile 32: 686
+        128: _Row(1, 2, 1, 16, 1, 2),  # 276 / 0, 910 | 248 / 0, 653; intra with 1 warp spills 372; value tile 32: 915
+        256: _Row(1, 2, 1, 64, 4, 1),  # 504 / 0, 1918 | 324 / 0, 1775; intra with 4 warps spills 8
     },
     ("sm_80", 32): {
-        64: _Row(2, 2, 2, 32, 4, 3),  # 255 / 48, 469 | 161 / 0, 264
-        128: _Row(2, 2, 2, 32, 4, 2),  # 255 / 584, 728 | 202 / 0, 657; intra with 4 warps spills 32, 1221
-        256: _Row(2, 8, 1, 32, 4, 2),  # 255 / 280, 3013 | 255 / 80, 1488
+        64: _Row(2, 2, 2, 32, 4, 3),  # 255 / 48, 469 | 242 / 0, 231
+        128: _Row(2, 2, 2, 32, 4, 2),  # 255 / 584, 728 | 255 / 0, 627; intra with 4 warps spills 32, 1221
+        256: _Row(2, 8, 1, 32, 4, 2),  # 255 / 280, 3013 | 255 / 640, 2200
     },
     ("sm_90", 32): {
-        64: _Row(2, 2, 2, 64, 4, 3),  # 255 / 32, 281 | 139 / 0, 165
-        128: _Row(2, 2, 2, 64, 4, 3),  # 255 / 296, 452 | 211 / 0, 198; intra with 4 warps spills 96, 719
-        256: _Row(2, 8, 1, 64, 8, 3),  # 255 / 200, 1898 | 255 / 24, 647
+        64: _Row(2, 2, 2, 64, 4, 3),  # 255 / 32, 281 | 171 / 0, 157
+        128: _Row(2, 2, 2, 64, 4, 3),  # 255 / 296, 452 | 238 / 0, 133; intra with 4 warps spills 96, 719
+        256: _Row(2, 8, 1, 64, 8, 3),  # 255 / 200, 1898 | 255 / 16, 647
     },
     ("sm_100", 32): {
-        64: _Row(2, 2, 2, 32, 4, 3),  # 255 / 112, 258 | 139 / 0, 170
-        128: _Row(2, 2, 2, 32, 4, 3),  # 255 / 328, 357 | 184 / 0, 226
-        256: _Row(2, 8, 1, 64, 8, 3),  # 255 / 192, 1524 | 252 / 0, 955
+        64: _Row(2, 2, 2, 32, 4, 3),  # 255 / 112, 258 | 240 / 0, 124
+        128: _Row(2, 2, 2, 32, 4, 3),  # 255 / 328, 357 | 255 / 16, 314
+        256: _Row(2, 8, 1, 64, 8, 3),  # 255 / 192, 1524 | 255 / 8, 815
     },
     ("gfx942", 32): {
-        64: _Row(1, 4, 1, 32, 4, 2),  # 252 / 0, 490 | 186 / 0, 608
-        128: _Row(1, 4, 1, 32, 4, 2),  # 290 / 0, 1269 | 217 / 0, 805
-        256: _Row(1, 4, 1, 16, 4, 2),  # 450 / 0, 1658 | -
+        64: _Row(1, 4, 1, 32, 4, 2),  # 252 / 0, 490 | 215 / 0, 523
+        128: _Row(1, 4, 1, 32, 4, 2),  # 290 / 0, 1269 | 252 / 0, 727
+        256: _Row(1, 4, 1, 16, 4, 2),  # 450 / 0, 1658 | 306 / 0, 2960
     },
     ("sm_80", 64): {
-        64: _Row(2, 4, 1, 32, 4, 2),  # 255 / 544, 1123 | -
-        128: _Row(2, 8, 1, 32, 4, 2),  # 255 / 616, 2239 | -
+        64: _Row(2, 4, 1, 32, 4, 2),  # 255 / 544, 1123 | 200 / 0, 171
+        128: _Row(2, 8, 1, 32, 4, 2),  # 255 / 616, 2239 | 255 / 16, 382
         256: _Row(2, 8, 1, 32, 8, 2),
     },
     ("sm_90", 64): {
-        64: _Row(1, 8, 1, 64, 4, 2),  # 255 / 56, 517 | 207 / 0, 154
-        128: _Row(2, 8, 1, 32, 4, 2),  # 255 / 704, 1294 | 235 / 0, 194
+        64: _Row(1, 8, 1, 64, 4, 2),  # 255 / 56, 517 | 245 / 0, 96
+        128: _Row(2, 8, 1, 32, 4, 2),  # 255 / 704, 1294 | 255 / 8, 194
         256: _Row(2, 8, 1, 32, 8, 2),
     },
     ("sm_100", 64): {
-        64: _Row(2, 4, 1, 32, 4, 2),  # 255 / 456, 607 | -
-        128: _Row(2, 8, 1, 32, 4, 2),  # 255 / 632, 1166 | -
+        64: _Row(2, 4, 1, 32, 4, 2),  # 255 / 456, 607 | 196 / 0, 110
+        128: _Row(2, 8, 1, 32, 4, 2),  # 255 / 632, 1166 | 255 / 8, 184
         256: _Row(2, 8, 1, 32, 8, 2),
     },
     ("gfx942", 64): {
-        64: _Row(1, 8, 1, 64, 4, 2),  # 256 / 532, 1502 | 289 / 0, 469
-        128: _Row(1, 8, 1, 32, 4, 2),  # 256 / 952, 1971 | 361 / 0, 604
+        64: _Row(1, 8, 1, 64, 4, 2),  # 256 / 532, 1502 | 317 / 0, 481
+        128: _Row(1, 8, 1, 32, 4, 2),  # 256 / 952, 1971 | 438 / 0, 707
         256: _Row(1, 8, 1, 16, 4, 2),
     },
 }
@@ -106,14 +107,14 @@ _NARROW = {
 
 _WIDE = {
     "cuda": {
-        64: _Row(1, 2, 2, 16, 4, 2),  # sm_90: 166 / 0 | 246 / 0, 1099
-        128: _Row(1, 4, 2, 16, 8, 2),  # sm_90: 167 / 0 | 234 / 0, 5237; value tile 32 spills 784
-        256: _Row(1, 8, 2, 16, 8, 2),  # sm_90: 170 / 0 | 255 / 536, 18485
+        64: _Row(1, 2, 2, 16, 4, 2),  # sm_90: 166 / 0 | 206 / 0, 1099
+        128: _Row(1, 4, 2, 16, 8, 2),  # sm_90: 167 / 0 | 194 / 0, 5237; value tile 32 spills 784
+        256: _Row(1, 8, 2, 16, 8, 2),  # sm_90: 170 / 0 | 255 / 280, 18485
     },
     "hip": {
-        64: _Row(1, 2, 1, 16, 4, 2),  # 206 / 0, 317 | 124 / 0, 860
-        128: _Row(1, 4, 1, 32, 4, 2),  # 304 / 0, 1675 | 196 / 0, 1345
-        256: _Row(1, 4, 1, 16, 4, 2),  # 512 / 60 | 289 / 0, 8082; intra with 8 warps spills 1644
+        64: _Row(1, 2, 1, 16, 4, 2),  # 206 / 0, 317 | 122 / 0, 827
+        128: _Row(1, 4, 1, 32, 4, 2),  # 304 / 0, 1675 | 255 / 0, 1383
+        256: _Row(1, 4, 1, 16, 4, 2),  # 512 / 60 | 354 / 0, 11303; intra with 8 warps spills 1644
     },
 }
 """backend -> BK -> row at C = 16 for float32, whose products take no matrix instructions on NVIDIA."""
@@ -150,13 +151,15 @@ def default_chunk(
     return fitted(config, K, V, dtype, target, keeps)
 
 
-def recomputing(config: ChunkTritonConfig) -> ChunkTritonConfig:
+def recomputing(config: ChunkTritonConfig, K: int) -> ChunkTritonConfig:
     """Return the configuration that computes decayed rows again in the walk, so that it spills least.
 
-    One stage and threads that own whole columns: sm_90 255 / 0 at K = 64 and 242 / 0 at 128, sm_80 255 / 8 and 250 / 0,
-    sm_100 255 / 32 and 217 / 0, gfx942 377 / 0 and 407 / 0; with the rows of the default walk up to 2,904 bytes.
+    One stage and threads that own whole columns: at K = 64 and 128 nothing spills on sm_80, sm_90, sm_100 and gfx942
+    (247 and 252 registers on sm_90); with the rows of the default walk up to 2,904 bytes do. At 256 the least is 248
+    bytes on sm_80, 264 on sm_90, 360 on sm_100 and 0 on gfx942.
     """
-    return replace(config, recompute=True, value_tile=32, walk_warps=4, walk_stages=1, walk_contiguity=1)
+    warps = 2 if tile_of(K) <= 64 else 4
+    return replace(config, recompute=True, value_tile=32, walk_warps=warps, walk_stages=1, walk_contiguity=1)
 
 
 def default_recurrent(K: int, V: int, dtype: str, target: Target) -> RecurrentTritonConfig:

@@ -3,10 +3,10 @@
 The compiler stages what the walk loads for its products, `stages` deep (one less where single warps multiply), and adds
 room to exchange operands between warps: the state in the inputs' format, a tile of values, a tile in float32.
 
-How tight: of 433 launches compiled with Triton 3.7.1 (sm_80, sm_90, sm_100, gfx942; C 16 to 64; K = V 16 to 256; value
-tiles 16 to 128; 1 to 8 warps; 1 to 4 stages; bfloat16 and some float32) none needs more than its bound; the median
-bound of the walk is 1.02 times the need, nine in ten are at most 1.53 times. Loose are the walks of one stage or two
-warps, and `recompute`, of which only a few were compiled.
+How tight: of 375 launches compiled with Triton 3.7.1 (sm_80, sm_90, sm_100, gfx942; C 16 to 64; K = V 16 to 256; value
+tiles 16 to 128; 1 to 8 warps; 1 to 4 stages; bfloat16 and float32; states kept or not) none needs more than its bound;
+the median bound of the walk is 1.11 times the need, nine in ten are at most 2.2 times. Loose are the walks of one
+stage, `recompute`, and states that are kept, where how much goes through shared memory depends on the layout.
 """
 
 from collections.abc import Iterator
@@ -24,23 +24,32 @@ GROUPED = (9, 10, 11)
 """Major versions of the architectures that have it."""
 EXCHANGE = 512
 """Bytes per warp to turn a product's layout into that of the tile that is stored."""
+BARRIERS = 64
+"""Bytes of the barriers that products in tensor memory wait at; 16 were seen."""
 
 
 def shared_memory(config: Config, problem: Problem, target: Target) -> dict[str, int]:
     """Return the bytes of one program of every kernel that the configuration may launch: never less than it needs."""
     if isinstance(config, RecurrentTritonConfig):
         return {"recurrent": _recurrent(config, problem)}
-    found = {"intra": _intra(config, problem), "walk": _walk(config, problem, target, summary=False)}
+    found = {"intra": _intra(config, problem, target), "walk": _walk(config, problem, target, summary=False)}
     if config.segments == 1:
         return found
     return found | {"summary": _walk(config, problem, target, summary=True), "combine": _combine(problem)}
 
 
-def _intra(config: ChunkTritonConfig, problem: Problem) -> int:
-    """Exchange a float32 tile between warps, or the three matrices of a step of the inverse; with two, the early k."""
+def _intra(config: ChunkTritonConfig, problem: Problem, target: Target) -> int:
+    """Exchange a float32 tile between warps, or the three matrices of a step of the inverse; with two, the early k.
+
+    Products of float32 read both operands from shared memory on NVIDIA, which has no matrix instructions for them.
+    """
     M, BK, item = config.chunk_size // config.intra_tiles, problem.BK, ITEMSIZE[problem.dtype]
-    tile = max(M * BK, 3 * M * M) * FLOAT32
-    early = M * BK * item + M * M * FLOAT32 + EXCHANGE // 4 * config.intra_warps
+    exchanged = EXCHANGE // 4 * config.intra_warps
+    rows = M * BK * FLOAT32
+    if item == FLOAT32 and target.nvidia:
+        rows = 2 * rows + exchanged
+    tile = max(rows, 3 * M * M * FLOAT32)
+    early = M * BK * item + M * M * FLOAT32 + exchanged
     return tile if config.intra_tiles == 1 else tile + early
 
 
@@ -68,13 +77,14 @@ def _walk(config: ChunkTritonConfig, problem: Problem, target: Target, summary: 
     grouped = _grouping(target) and item < FLOAT32 and BV >= 64 and config.walk_warps % GROUP == 0
     state = BV * BK * FLOAT32
     if config.recompute:
-        staged = (config.walk_stages + 1) * 2 * square + 3 * row + 2 * C * BK * FLOAT32
+        ahead = config.walk_stages if item == FLOAT32 and target.nvidia else 1  # raw rows of float32 are staged as well
+        staged = (config.walk_stages + 1) * 2 * square + ahead * 3 * row + 2 * C * BK * FLOAT32
         return max(staged + tiles.state + 2 * tiles.values, state)
-    needed = _grouped(tiles, config, BV) if grouped else _single(tiles, config, item)
+    needed = _grouped(tiles, config, BV) if grouped else _single(tiles, config, item, target)
     # the state is loaded and stored in another layout than that of the products
     exchanged = summary or not target.nvidia or (config.walk_warps >= GROUP and not grouped)
-    # a state that is kept is stored from within the loop, a quarter of it at a time: never less than what was compiled
-    kept = state // 4 if problem.keeps and not summary else 0
+    # a state that is kept is stored from within the loop: a quarter of it at a time, or all of it where V comes first
+    kept = (state if target.nvidia else state // 4) if problem.keeps and not summary else 0
     return (max(needed, state) if exchanged else needed) + kept
 
 
@@ -86,15 +96,16 @@ def _grouped(tiles: _Tiles, config: ChunkTritonConfig, BV: int) -> int:
     """Bound products whose operands are read from shared memory by four warps together, as deep as there are stages."""
     stages, warps = config.walk_stages, config.walk_warps
     state = tiles.state if 16 * warps > BV else 0  # two groups side by side share the rows of one state
-    staged = stages * tiles.loaded if stages > 1 else 2 * tiles.row + tiles.square
-    return max(staged + EXCHANGE * warps + state, min(4 * tiles.values, 16384))
+    staged = stages * tiles.loaded
+    return max(staged + EXCHANGE * warps + state, min(4 * tiles.values, 16384)) + BARRIERS
 
 
-def _single(tiles: _Tiles, config: ChunkTritonConfig, item: int) -> int:
+def _single(tiles: _Tiles, config: ChunkTritonConfig, item: int, target: Target) -> int:
     """Bound products of single warps: loads run one stage less ahead, the state is exchanged between warps."""
     stages, warps, wide = config.walk_stages, config.walk_warps, item // 2
     piped = (stages - 1) * tiles.loaded + max(tiles.state + wide * tiles.values, EXCHANGE * warps)
-    once = tiles.state + wide * tiles.row + tiles.square + 2 * tiles.values + EXCHANGE // 2 * warps
+    rows = 2 * wide - 1 if target.nvidia else wide
+    once = tiles.state + rows * tiles.row + tiles.square + 2 * tiles.values + EXCHANGE // 2 * warps
     return max(piped, once)
 
 

@@ -66,7 +66,7 @@ def recurrent(
         if kept is not None:  # noqa: SIM102 - what is known when compiling is not mixed with what is not
             if i_t % interval == 0:
                 row = i_kept + i_t // interval
-                m_kept = m_s & (row < kept_rows)
+                m_kept = m_s & (row >= 0) & (row < kept_rows)
                 tl.store(kept + state_offsets(row * HV + i_h, o_v, o_k, K, V, V_FIRST), S, mask=m_kept)
         b_q, b_k = b_q[None, :], b_k[None, :]
         if L2NORM:

@@ -20,24 +20,24 @@ ROOT = Path(__file__).resolve().parents[2]
 MEASURED = [
     ("sm_90", "bfloat16", 128, 16, 64, 4, 3, 41984),
     ("sm_90", "bfloat16", 128, 32, 64, 4, 3, 88064),
-    ("sm_90", "bfloat16", 128, 16, 32, 4, 3, 35840),
+    ("sm_90", "bfloat16", 128, 16, 32, 4, 3, 27648),
     ("sm_90", "bfloat16", 128, 64, 64, 8, 2, 151552),
-    ("sm_90", "bfloat16", 256, 16, 32, 4, 3, 68608),
+    ("sm_90", "bfloat16", 256, 16, 32, 4, 3, 52224),
     ("sm_90", "bfloat16", 256, 16, 64, 8, 3, 109056),
-    ("sm_90", "bfloat16", 128, 64, 64, 4, 1, 43008),
+    ("sm_90", "bfloat16", 128, 64, 64, 4, 1, 59392),
     ("sm_90", "bfloat16", 256, 64, 128, 8, 3, 348160),
     ("sm_90", "bfloat16", 64, 32, 64, 8, 3, 61440),
-    ("sm_90", "bfloat16", 256, 32, 32, 4, 4, 178176),
-    ("sm_90", "bfloat16", 64, 16, 16, 4, 4, 24064),
+    ("sm_90", "bfloat16", 256, 32, 32, 4, 4, 161792),
+    ("sm_90", "bfloat16", 64, 16, 16, 4, 4, 22016),
     ("sm_90", "bfloat16", 128, 64, 32, 8, 4, 208896),
     ("sm_90", "float32", 64, 16, 32, 4, 3, 36864),
-    ("sm_90", "float32", 128, 16, 16, 4, 1, 25600),
-    ("sm_80", "bfloat16", 128, 16, 64, 4, 3, 45056),
-    ("sm_80", "bfloat16", 128, 32, 32, 4, 3, 67584),
-    ("sm_80", "bfloat16", 256, 32, 64, 8, 3, 143360),
-    ("sm_100", "bfloat16", 128, 32, 32, 4, 3, 67584),
-    ("sm_100", "bfloat16", 256, 32, 128, 4, 3, 126992),
-    ("gfx942", "bfloat16", 128, 16, 32, 4, 3, 33280),
+    ("sm_90", "float32", 128, 16, 16, 4, 1, 33792),
+    ("sm_80", "bfloat16", 128, 16, 64, 4, 3, 28672),
+    ("sm_80", "bfloat16", 128, 32, 32, 4, 3, 59392),
+    ("sm_80", "bfloat16", 256, 32, 64, 8, 3, 110592),
+    ("sm_100", "bfloat16", 128, 32, 32, 4, 3, 59392),
+    ("sm_100", "bfloat16", 256, 32, 128, 4, 3, 135184),
+    ("gfx942", "bfloat16", 128, 16, 32, 4, 3, 32768),
     ("gfx942", "bfloat16", 128, 32, 64, 4, 3, 73728),
     ("gfx942", "bfloat16", 128, 16, 128, 8, 2, 65536),
 ]
@@ -51,8 +51,8 @@ def config_of(C, BV, warps, stages, **others):
 @pytest.mark.parametrize((*POINT, "measured"), MEASURED)
 def test_the_bound_holds_and_is_near(target, dtype, K, C, BV, warps, stages, measured):
     bound = shared_memory(config_of(C, BV, warps, stages), reference(K, dtype), named(target))["walk"]
-    room = 1.3 if target != "sm_100" or BV < 64 else 1.5  # products in tensor memory need fewer copies
-    assert measured <= bound <= room * measured
+    # loosest where single warps keep the state in registers, for which the bound still counts a copy in shared memory
+    assert measured <= bound <= 1.6 * measured
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,40 @@ def test_the_bound_holds_and_is_near(target, dtype, K, C, BV, warps, stages, mea
 def test_the_bound_of_intra_holds_and_is_near(K, C, tiles, warps, measured):
     config = ChunkTritonConfig(chunk_size=C, intra_tiles=tiles, intra_warps=warps)
     assert measured <= shared_memory(config, reference(K, "bfloat16"), named("sm_90"))["intra"] <= 1.3 * measured
+
+
+@pytest.mark.parametrize(
+    ("K", "C", "tiles", "warps", "measured"),
+    [(64, 16, 1, 2, 8448), (256, 16, 1, 8, 33792), (64, 32, 1, 4, 16384), (128, 32, 2, 4, 26112)],
+)
+def test_the_bound_of_intra_in_float32_holds_and_is_near(K, C, tiles, warps, measured):
+    config = ChunkTritonConfig(chunk_size=C, intra_tiles=tiles, intra_warps=warps)
+    assert measured <= shared_memory(config, reference(K, "float32"), named("sm_90"))["intra"] <= 1.1 * measured
+
+
+@pytest.mark.parametrize(
+    ("target", "K", "BV", "warps", "stages", "measured"),
+    [
+        ("sm_90", 128, 64, 4, 3, 72704), ("sm_90", 64, 64, 4, 1, 23040), ("sm_80", 256, 64, 8, 2, 90112),
+        ("sm_100", 128, 32, 4, 2, 29696), ("sm_80", 128, 16, 1, 3, 34816), ("gfx942", 256, 64, 8, 2, 65536),
+    ],
+)  # fmt: skip
+def test_the_bound_holds_where_states_are_kept_with_v_first(target, K, BV, warps, stages, measured):
+    problem = replace(reference(K, "bfloat16"), keeps=True, v_first=True)
+    bound = shared_memory(config_of(16, BV, warps, stages), problem, named(target))["walk"]
+    assert measured <= bound <= 1.6 * measured
+
+
+@pytest.mark.parametrize(
+    ("dtype", "BV", "stages", "measured"),
+    [
+        ("float32", 32, 1, 41984), ("float32", 32, 2, 68100), ("float32", 32, 4, 122380), ("bfloat16", 32, 1, 13312),
+        ("bfloat16", 32, 4, 17932), ("bfloat16", 64, 3, 32768),
+    ],
+)  # fmt: skip
+def test_the_bound_holds_where_the_walk_computes_decayed_rows_again(dtype, BV, stages, measured):
+    config = config_of(16, BV, 4, stages, recompute=True)
+    assert measured <= shared_memory(config, reference(128, dtype), named("sm_90"))["walk"] <= 3.2 * measured
 
 
 @pytest.mark.parametrize(("K", "combine", "recurrent"), [(64, 12288, 256), (128, 20480, 512), (256, 36864, 1024)])
@@ -113,7 +147,7 @@ def test_the_bound_holds_for_every_recorded_point_as_it_compiles_now():
     [
         (
             "sm_90", 128, config_of(64, 64, 4, 4),
-            "walk needs 264192 bytes of shared memory for K = 128, V = 128 in bfloat16, sm_90 has 232448; "
+            "walk needs 264256 bytes of shared memory for K = 128, V = 128 in bfloat16, sm_90 has 232448; "
             "walk_stages = 3 would fit",
         ),
         ("sm_120", 256, config_of(64, 64, 8, 3), "; walk_stages = 1 would fit"),
