@@ -159,8 +159,8 @@ def walk(
     q_before, k_before, k_after, last, q, k, g, A_log, dt_bias, v, A, X, cu_seqlens, initial, entering, left, o, final,
     kept, T, N, segment, interval, kept_rows, scale, lower_bound,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, LEVELS: tl.constexpr, L2NORM: tl.constexpr, GATE: tl.constexpr, V_FIRST: tl.constexpr,
-    OPERAND: tl.constexpr, APPROXIMATE: tl.constexpr, CONTIGUITY: tl.constexpr, RECOMPUTE: tl.constexpr,
+    C: tl.constexpr, L2NORM: tl.constexpr, GATE: tl.constexpr, V_FIRST: tl.constexpr, OPERAND: tl.constexpr,
+    APPROXIMATE: tl.constexpr, CONTIGUITY: tl.constexpr, RECOMPUTE: tl.constexpr,
 ):
     """Walk over the chunks of one sequence or segment with BV columns of one head's state, transposed: S [BV, BK].
 
@@ -222,7 +222,7 @@ def walk(
                 q, k, g, A_log, dt_bias, lower_bound, first + i_t * C, rest, i_h,
                 H, HV, K, BK, C, L2NORM, GATE, APPROXIMATE, CONTIGUITY,
             )
-            qb, kb, ka, decay = decayed(b_q, b_k, alpha, C, BK, LEVELS)
+            qb, kb, ka, decay = decayed(b_q, b_k, alpha)
             qb, kb, ka = qb.to(OPERAND), kb.to(OPERAND), ka.to(OPERAND)
         else:
             kb, ka = load_rows(k_before, i_c, K, BK, C, CONTIGUITY), load_rows(k_after, i_c, K, BK, C, CONTIGUITY)

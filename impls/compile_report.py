@@ -90,7 +90,7 @@ def configured(kernel: str, problem: Problem, target: Target, given: dict):
     if kernel == "recurrent":
         return given.get("recurrent_triton") or default_recurrent(problem.K, problem.V, problem.dtype, target)
     chunk = given.get("chunk_triton") or default_chunk(problem.K, problem.V, problem.dtype, target)
-    chunk = recomputing(chunk, problem.K) if kernel == RECOMPUTE else chunk
+    chunk = recomputing(chunk) if kernel == RECOMPUTE else chunk
     return replace(chunk, segments=SEGMENTS if kernel in SEGMENTED else 1)
 
 

@@ -151,15 +151,13 @@ def default_chunk(
     return fitted(config, K, V, dtype, target, keeps)
 
 
-def recomputing(config: ChunkTritonConfig, K: int) -> ChunkTritonConfig:
+def recomputing(config: ChunkTritonConfig) -> ChunkTritonConfig:
     """Return the configuration that computes decayed rows again in the walk, so that it spills least.
 
-    One stage and threads that own whole columns: at K = 64 and 128 nothing spills on sm_80, sm_90, sm_100 and gfx942
-    (247 and 252 registers on sm_90); with the rows of the default walk up to 2,904 bytes do. At 256 the least is 248
-    bytes on sm_80, 264 on sm_90, 360 on sm_100 and 0 on gfx942.
+    Threads own whole columns. At K = 64 and 128 nothing spills on sm_80, sm_90, sm_100 and gfx942 (243 and 244
+    registers on sm_90, 1217 and 1533 us by estimate); at 256 it is 272, 232, 352 and 0 bytes.
     """
-    warps = 2 if tile_of(K) <= 64 else 4
-    return replace(config, recompute=True, value_tile=32, walk_warps=warps, walk_stages=1, walk_contiguity=1)
+    return replace(config, recompute=True, value_tile=32, walk_warps=4, walk_stages=2, walk_contiguity=1)
 
 
 def default_recurrent(K: int, V: int, dtype: str, target: Target) -> RecurrentTritonConfig:

@@ -49,12 +49,27 @@ def merge(q_before, k_before, k_after, total, M: tl.constexpr, s: tl.constexpr, 
 
 
 @triton.jit
-def decayed(q, k, alpha, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr):
-    """Return q before, k before, k after [C, BK] and the total decay [1, BK] of a chunk of q, k, alpha [C, BK]."""
-    q_before, k_before, k_after, total = q * alpha, k * alpha, k, alpha
-    for n in tl.static_range(LEVELS):
-        q_before, k_before, k_after, total = merge(q_before, k_before, k_after, total, C >> (n + 1), 1 << n, BK)
-    return q_before, k_before, k_after, total
+def product(a, b):
+    """Return a b."""
+    return a * b
+
+
+@triton.jit
+def excluding(product_a, excluding_a, product_b, excluding_b):
+    """Append run b of factors to run a: the product of all, and that of all but the last one."""
+    return product_a * product_b, product_a * excluding_b
+
+
+@triton.jit
+def decayed(q, k, alpha):
+    """Return q before, k before, k after [C, BK] and the total decay [1, BK] of a chunk of q, k, alpha [C, BK].
+
+    Two scans instead of the levels of `tree`: where no product of a level is needed, Triton 3.6 carries the levels'
+    layout changes through to the operands of the walk and spills 8,288 bytes on sm_90, or does not end on gfx942.
+    """
+    before = tl.associative_scan(alpha, 0, product)
+    _, after = tl.associative_scan((alpha, tl.full(alpha.shape, 1.0, tl.float32)), 0, excluding, reverse=True)
+    return q * before, k * before, k * after, tl.reduce(alpha, 0, product, keep_dims=True)
 
 
 @triton.jit
