@@ -117,7 +117,10 @@ def by_token(x: torch.Tensor, runs: Runs, first: int, L: int, heads: slice, HV: 
 def by_head(x: torch.Tensor, runs: Runs, first: int, L: int, heads: slice, HV: int, dtype) -> torch.Tensor:
     """Return the block as [n, heads, L, channels'], for products over tokens."""
     x, channels = _channels(x)
-    block = x.new_zeros((runs.running(first), heads.stop - heads.start, L, channels), dtype=dtype)
+    n = runs.running(first)
+    block = x.new_empty((n, heads.stop - heads.start, L, channels), dtype=dtype)
+    if channels > x.shape[-1] or any(length < first + L for length in runs.lengths[:n]):
+        block.zero_()
     _gather(block.transpose(1, 2), x, runs, first, heads, HV)
     return block
 

@@ -21,7 +21,7 @@ BOUNDS = {torch.float64: 3e-15, torch.float32: None, torch.bfloat16: 2.0**-8, to
 SHAPES = [
     (2, 0, 1, 2, 3, 16),
     (3, 1, 2, 2, 16, 3),
-    (1, 15, 1, 1, 1, 1),
+    (8, 15, 1, 1, 1, 1),  # 8 sequences: one number alone, if it happens to be small, has no relative error to speak of
     (1, 16, 1, 3, 3, 60),
     (2, 17, 2, 4, 60, 16),
     (1, 63, 2, 2, 16, 128),
