@@ -15,13 +15,14 @@ import math
 
 import torch
 
+from impls.activations import compute_dtype, l2norm, log_decay, write_strength
 from impls.adjoint_torch import adjoint
-from impls.call import call_activated
-from impls.checks import bounds_of
+from impls.call import call_activated, call_raw
+from impls.checks import bounds_of, wants_gradient
 from impls.choice import chunk_torch_config
 from impls.configs import ChunkTorchConfig
-from impls.registration import register
-from impls.sequences import Runs, by_head, flat, groups, runs_of, scatter
+from impls.registration import register, register_raw
+from impls.sequences import Activation, Runs, by_head, flat, groups, runs_of, scatter
 from impls.states import States
 from impls.tree_torch import within_chunks
 
@@ -36,7 +37,9 @@ def chunk_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     """
     config = chunk_torch_config(config, chunk_size)
     launch = (config.chunk_size, config.block_tokens, config.heads, int(config.compile))
-    return call_activated(op, q, k, v, g, beta, launch=launch, chunk_size=config.chunk_size, **keywords)
+    others = (keywords.get(name) for name in ("initial_state", "A_log", "dt_bias"))
+    call, to = (call_activated, op) if wants_gradient((q, k, v, g, beta, *others)) else (call_raw, op_raw)
+    return call(to, q, k, v, g, beta, launch=launch, chunk_size=config.chunk_size, **keywords)
 
 
 def walk(within, v, S, o, scale: float) -> None:
@@ -88,8 +91,8 @@ def _compiled_within(pairs: int, *inputs_and_C):
 class _Walk:
     """Walk over some runs and heads, block by block."""
 
-    def __init__(self, tokens, o: torch.Tensor, states: States, config: ChunkTorchConfig):
-        self.tokens, self.o, self.states, self.config = tokens, o, states, config
+    def __init__(self, tokens, activations, o: torch.Tensor, states: States, config: ChunkTorchConfig):
+        self.tokens, self.activations, self.o, self.states, self.config = tokens, activations, o, states, config
         self.L = math.gcd(config.block_tokens, states.interval)
 
     def over(self, runs: Runs, heads: slice, scale: float) -> None:
@@ -99,7 +102,8 @@ class _Walk:
             n, L = runs.running(first), self.L if self.config.compile else self.tokens_of_block(runs.longest - first)
             self.states.keep(S[:n], runs, first, heads)
             q, k, v, g, beta = (
-                by_head(x, runs, first, L, heads, self.o.shape[1], S.dtype).flatten(0, 1) for x in self.tokens
+                by_head(x, runs, first, L, heads, self.o.shape[1], S.dtype, activate).flatten(0, 1)
+                for x, activate in zip(self.tokens, self.activations, strict=True)
             )
             o = torch.empty_like(v)
             walk(self.within(q, k, g, beta), v, S[:n].flatten(0, 1), o, scale)
@@ -118,15 +122,54 @@ class _Walk:
         return within_chunks(*inputs, self.config.chunk_size)
 
 
-def _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch):
+def _blockwise(tokens, activations, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch):
+    q, _, v, *_ = tokens
     B, T, HV, _ = v.shape
     config = ChunkTorchConfig(*launch[:3], compile=bool(launch[3]))
     runs = runs_of(B, T, bounds_of(cu_seqlens, T))
     states, o = States(initial_state, q, v, cu_seqlens, runs, state_interval), v.new_empty(v.shape)
-    walk = _Walk([flat(x) for x in (q, k, v, g, beta)], flat(o), states, config)
+    walk = _Walk([flat(x) for x in tokens], activations, flat(o), states, config)
     for some, heads in groups(runs, HV, config.heads):
         walk.over(runs.part(some), heads, scale)
     return o, states.final if output_final_state else states.final.new_empty(0), states.kept
 
 
+def _forward(q, k, v, g, beta, *rest):
+    return _blockwise((q, k, v, g, beta), (None,) * 5, *rest)
+
+
+def _activations(v, A_log, dt_bias, lower_bound, normed: bool, gate: str, sigmoid: str) -> list[Activation | None]:
+    """Return what to do to q, k, v, g and beta before they come into a block; as the arguments of `chunk_kda` say."""
+    HV, dtype = v.shape[2], compute_dtype(v)
+
+    def norm(x, heads):
+        return l2norm(x, dtype)
+
+    def decay(x, heads):
+        rate = None if A_log is None else A_log.reshape(HV)[heads]
+        return log_decay(x, rate, None if dt_bias is None else dt_bias.reshape(HV, -1)[heads], lower_bound, dtype)
+
+    def strength(x, heads):
+        return write_strength(x, sigmoid == "twice", dtype)
+
+    norm = norm if normed else None
+    return [norm, norm, None, decay if gate != "none" else None, strength if sigmoid != "none" else None]
+
+
+def _forward_raw(
+    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, normed, gate,
+    sigmoid, state_v_first, output_final_state, state_interval, launch,
+):  # fmt: skip
+    activations = _activations(v, A_log, dt_bias, lower_bound, normed, gate, sigmoid)
+    if state_v_first and initial_state is not None:
+        initial_state = initial_state.transpose(-1, -2)
+    packing = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+    tokens, asked = (q, k, v, g, beta), (scale, output_final_state, state_interval, launch)
+    o, S, h = _blockwise(tokens, activations, initial_state, packing, *asked)
+    if state_v_first:
+        S, h = (x.transpose(-1, -2).contiguous() if x.ndim > 1 else x for x in (S, h))
+    return o, S, h
+
+
 op = register("chunk_torch", _forward, adjoint)
+op_raw = register_raw("chunk_torch_raw", _forward_raw, kept_dtype=lambda v: v.dtype)

@@ -4,6 +4,7 @@ Autograd does not work inside a custom op, and written inside `register_autograd
 opcheck would report other gradients: so the backward is an op of its own.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 
@@ -153,14 +154,15 @@ def _refuse(ctx, *gradients):
     raise NotImplementedError("kda_forge ops are differentiable once: double backward is not supported")
 
 
-def register_raw(name: str, forward: Callable) -> Callable:
+def register_raw(name: str, forward: Callable, kept_dtype: Callable = compute_dtype) -> Callable:
     """Register `kda_forge::<name>`, an op that activates inside and has no backward, and return it.
 
     forward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, l2norm,
     gate, sigmoid, state_v_first, output_final_state, state_interval, launch) takes the fields of `call.Call` and
     returns what `register` says of its forward, but with states [.., V, K] where state_v_first, and the intermediate
-    ones in float32: those, and the inputs, are what a backward needs saved.
+    ones in kept_dtype(v): in float32 those, and the inputs, are what a backward needs saved.
     """
+    forward = _in_full_precision(forward)
 
     @torch.library.custom_op(f"kda_forge::{name}", mutates_args=())
     def op(
@@ -189,14 +191,16 @@ def register_raw(name: str, forward: Callable) -> Callable:
             gate, sigmoid, state_v_first, output_final_state, state_interval, launch,
         )  # fmt: skip
 
-    op.register_fake(_fake_raw)
+    op.register_fake(functools.partial(_fake_raw, kept_dtype))
     return op
 
 
-def _fake_raw(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, l2norm,
-              gate, sigmoid, state_v_first, output_final_state, state_interval, launch):  # fmt: skip
+def _fake_raw(
+    kept_dtype, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound,
+    l2norm, gate, sigmoid, state_v_first, output_final_state, state_interval, launch,
+):  # fmt: skip
     o, S, h = _fake_forward(
         q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch
     )
     turned = ((*x.shape[:-2], x.shape[-1], x.shape[-2]) if state_v_first and x.ndim > 1 else x.shape for x in (S, h))
-    return o, *(v.new_empty(shape, dtype=torch.float32) for shape in turned)
+    return o, *(v.new_empty(x, dtype=to(v)) for x, to in zip(turned, (compute_dtype, kept_dtype), strict=True))

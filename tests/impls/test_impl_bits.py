@@ -201,3 +201,19 @@ def test_nan_in_a_packed_sequence_reaches_no_other(draw, draw_state, segments):
     for first, last in ((0, 17), (36, 45)):
         assert torch.equal(found_o[:, first:last], o[:, first:last])
     assert torch.equal(found_S[[0, 2, 3]], S[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("name", [row.name for row in IMPLEMENTATIONS if row.backward])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bound", [None, -5.0])
+def test_asking_for_a_gradient_changes_no_bit(draw, draw_state, name, dtype, bound):
+    q, k, v, g, beta = draw(1, 150, 2, 4, 20, 5, dtype)
+    packing, S0 = torch.tensor([0, 1, 70, 150]), draw_state(3, 4, 5, 20)
+    keywords = {
+        "use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True,
+        "A_log": torch.linspace(-1, 1, 4), "dt_bias": torch.linspace(-2, 2, 80), "lower_bound": bound,
+        "initial_state": S0, "state_v_first": True, "cu_seqlens": packing,
+    }  # fmt: skip
+    plain = both(name, (q, k, v, g, beta), **keywords)
+    asked = both(name, (q, k, v.clone().requires_grad_(), g, beta), **keywords)
+    assert asked[0].requires_grad and all(torch.equal(x, y) for x, y in zip(plain, asked, strict=True))

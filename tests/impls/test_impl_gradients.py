@@ -282,3 +282,13 @@ def test_the_backward_is_given_the_launch_of_its_forward(draw):
     for launch in ((16, 32), ()):
         op(*leaves(draw(1, 3, 1, 1, 2, 2)), None, None, 1.0, False, 0, launch)[0].sum().backward()
     assert given == [[16, 32], []]
+
+
+@pytest.mark.parametrize("bounds, v_first, interval", [(None, False, 0), ([0, 0, 3, 20], True, 16)])
+def test_opcheck_passes_where_the_op_activates(draw, draw_state, bounds, v_first, interval):
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    N = 2 if bounds is None else len(bounds) - 1
+    inputs, S0 = draw(2 if bounds is None else 1, 20, 1, 2, 4, 3), draw_state(N, 2, *((3, 4) if v_first else (4, 3)))
+    arguments = (*inputs, torch.zeros(2), torch.zeros(8), S0, cu_seqlens, None, 0.3, None, True, "softplus", "once")
+    checked = ("test_schema", "test_faketensor")
+    torch.library.opcheck(chunk_torch.op_raw, (*arguments, v_first, True, interval, OPS[1][2]), test_utils=checked)

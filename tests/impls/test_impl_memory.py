@@ -10,16 +10,16 @@ from impls.tree_torch import within_chunks
 
 
 class Largest(TorchDispatchMode):
-    """Record the largest number of elements that any operation inside returned."""
+    """Record the largest number of elements, and of bytes, that any operation inside returned."""
 
-    elements = 0
+    elements = bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        storages = [
-            x.untyped_storage().nbytes() // x.itemsize for x in tree_leaves(result) if isinstance(x, torch.Tensor)
-        ]
+        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        storages = [x.untyped_storage().nbytes() // x.itemsize for x in tensors]
         self.elements = max([self.elements, *storages])
+        self.bytes = max([self.bytes, *(x.untyped_storage().nbytes() for x in tensors)])
         return result
 
 
@@ -45,6 +45,14 @@ def test_no_tensor_is_larger_than_an_input(draw, draw_state, run, H):
     with Largest() as seen:
         run(inputs, S0)
     assert seen.elements == inputs[2].numel()
+
+
+def test_activating_makes_no_tensor_larger_than_an_input(draw):
+    inputs, launch = draw(1, T, HV, HV, K, V, torch.bfloat16), (32, 128, 16, 0)
+    modes = (None, None, None, 0.3, None, True, "softplus", "once", False, False, 0)
+    with Largest() as seen:
+        chunk_torch._forward_raw(*inputs, torch.zeros(HV), torch.zeros(HV * K), *modes, launch)
+    assert seen.bytes == inputs[2].nbytes  # the outputs; one tensor in float32 would be twice that
 
 
 @pytest.mark.parametrize("C", [16, 64])
