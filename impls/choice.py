@@ -1,5 +1,6 @@
 """Settle the configuration of one call: the caller's, checked, or the default for the sizes and the target."""
 
+import os
 from dataclasses import asdict, astuple
 from functools import lru_cache
 
@@ -12,10 +13,12 @@ from impls.targets import Target
 def chunk_torch_config(config: ChunkTorchConfig | None, chunk_size: int | None) -> ChunkTorchConfig:
     """Return the configuration to run, given what was asked for; None leaves a choice to the default.
 
-    Raises TypeError for another kind of configuration, ValueError for an invalid or a contradictory one.
+    The default compiles where the environment says KDA_COMPILE=1. Raises TypeError for another kind of configuration,
+    ValueError for an invalid or a contradictory one, and for another value of that variable.
     """
     if config is None:
-        config = ChunkTorchConfig() if chunk_size is None else ChunkTorchConfig(chunk_size=chunk_size)
+        given = {} if chunk_size is None else {"chunk_size": chunk_size}
+        config = ChunkTorchConfig(compile=_compile_wanted(), **given)
     return _accepted(config, ChunkTorchConfig, "chunk_torch", chunk_size)
 
 
@@ -58,6 +61,13 @@ def recurrent_triton_config(
     """Return the configuration that `recurrent_triton_launch` stands for on a target; as `chunk_triton_config`."""
     config = RecurrentTritonConfig(*launch) if launch else default_recurrent(K, V, dtype, target)
     return _fitting(config, K, V, dtype, target)
+
+
+def _compile_wanted() -> bool:
+    value = os.environ.get("KDA_COMPILE", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"the environment variable KDA_COMPILE must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def _numbers(config) -> tuple[int, ...]:

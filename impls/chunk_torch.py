@@ -12,6 +12,7 @@ tokens and heads.
 
 import functools
 import math
+import warnings
 
 import torch
 
@@ -60,6 +61,14 @@ def walk(within, v, S, o, scale: float) -> None:
 
 @functools.cache
 def _compiled():
+    """Return the compiled `within_chunks`, or itself, with one warning, where there is no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # a second to import
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        warnings.warn(f"chunk_torch runs uncompiled, several times slower: {error}", stacklevel=2)
+        return within_chunks
     _keep_freed_memory()
     return torch.compile(within_chunks, fullgraph=True, dynamic=False)
 
@@ -83,9 +92,8 @@ def _compiled_within(pairs: int, *inputs_and_C):
     with torch.inference_mode(False), torch.no_grad():
         if pairs > M:
             inputs = [torch.cat([x, x.new_zeros((pairs - M, *x.shape[1:]))]) for x in inputs]
-        compiled = _compiled()
         with torch._dynamo.config.patch(recompile_limit=COMPILED_SHAPES):
-            return [x[: M * chunks] for x in compiled(*inputs, C)]
+            return [x[: M * chunks] for x in _compiled()(*inputs, C)]
 
 
 class _Walk:

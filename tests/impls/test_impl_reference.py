@@ -1,5 +1,9 @@
 """The implementations agree with the definition, over every size, dtype and mode that they take."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -141,6 +145,39 @@ def test_a_compiled_block_agrees_in_every_mode_and_keeps_the_claims(draw):
     assert torch.equal(alone[0], o[1])
     shorter, _ = kda(*(x[:, :20].requires_grad_() for x in inputs), implementation="chunk_torch", config=config)
     assert torch.equal(shorter, o[:, :20])
+
+
+RUN = """
+import warnings
+import torch
+from impls import ChunkTorchConfig, kda
+draw = torch.Generator().manual_seed(0)
+inputs = [torch.rand(1, 20, 2, *size, generator=draw) for size in ((16,), (16,), (16,), (16,), ())]
+inputs[3] = -inputs[3]
+eager, _ = kda(*inputs, implementation="chunk_torch", config=ChunkTorchConfig())
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    found = [kda(*inputs, implementation="chunk_torch")[0] for _ in range(2)]
+print([str(x.message) for x in seen if "chunk_torch" in str(x.message)])
+print(all(torch.equal(x, eager) for x in found))
+"""
+
+
+def chunk_torch_with(**environment):
+    run = subprocess.run([sys.executable, "-c", RUN], env=os.environ | environment, capture_output=True, text=True)
+    return run.returncode, run.stdout.splitlines(), run.stderr
+
+
+def test_without_a_compiler_what_should_be_compiled_runs_uncompiled_and_says_so_once():
+    rc, (said, same), _ = chunk_torch_with(KDA_COMPILE="1", CXX="no-such-compiler", PATH="")
+    assert rc == 0 and same == "True"
+    assert "chunk_torch runs uncompiled" in said and "no-such-compiler" in said and said.count("chunk_torch") == 1
+
+
+def test_the_environment_says_nothing_but_0_or_1_about_compiling():
+    assert chunk_torch_with(KDA_COMPILE="0")[:2] == (0, ["[]", "True"])
+    rc, _, error = chunk_torch_with(KDA_COMPILE="yes")
+    assert rc == 1 and "KDA_COMPILE must be 0 or 1, got 'yes'" in error
 
 
 def test_every_row_of_the_table_has_a_bound_here_or_runs_interpreted():
