@@ -1,33 +1,12 @@
 """Bring states in, out, and out again on the way: the initial, the final and the intermediate states of a batch."""
 
-import contextlib
-import math
-import mmap
-
 import torch
 import torch.nn.functional as F
 
 from impls.activations import compute_dtype
+from impls.pages import room
 from impls.registration import state_shape
 from impls.sequences import Runs, padded
-
-MAPPED_BYTES = 2**25
-"""From this size on glibc maps every allocation anew and unmaps it when it is freed."""
-
-
-def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return a tensor for states, its values undefined; in huge pages where malloc would map it anew every time.
-
-    Each first touch of a page of 4 KiB traps: 33.5 MB cost 9 ms of 11 ms for a copy into fresh memory, 1 ms in pages of
-    2 MiB, which torch asks for only under THP_MEM_ALLOC_ENABLE=1.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < MAPPED_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class States:
