@@ -17,7 +17,7 @@ def l2norm(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     The sum runs over a contiguous copy: over other strides torch adds in another order, and layout would change bits.
     """
     x = x.to(dtype).contiguous()
-    return x / torch.sqrt((x * x).sum(-1, keepdim=True) + L2NORM_EPSILON)
+    return x / (x * x).sum(-1, keepdim=True).add_(L2NORM_EPSILON).sqrt_()
 
 
 def sigmoid(x: torch.Tensor) -> torch.Tensor:

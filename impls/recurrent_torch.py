@@ -4,21 +4,26 @@
     S_t = P_t + beta_t k_t (v_t - P_t^T k_t)^T
     o_t = scale * S_t^T q_t
 
-One state per sequence and value head is kept in float32 (float64 for float64 inputs) and updated in place; all
-sequences that still run take a step together. Memory is inputs, outputs, the states, and the inputs of 64 tokens.
+One state per sequence and value head, float32 (float64 for float64 inputs), is worked on in the final state's own
+memory. Sequences and heads take their steps in groups whose states stay in the caches between the passes of a step and
+over a block of tokens, so that main memory sees a state read once and written once per block; a decode step is one
+block. Memory is inputs, outputs, and the inputs of 64 tokens.
 """
+
+import math
 
 import torch
 
-from impls.activations import compute_dtype
 from impls.adjoint_torch import adjoint
 from impls.call import call_activated
 from impls.checks import bounds_of
 from impls.registration import register
-from impls.sequences import by_token, flat, runs_of, scatter
+from impls.sequences import Runs, by_token, flat, runs_of, scatter
 from impls.states import States
 
 BLOCK_TOKENS = 64
+GROUP_ELEMENTS = 2**20
+"""How many elements the states of a group may have: 4 MiB in float32."""
 
 
 def recurrent_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
@@ -33,39 +38,88 @@ def recurrent_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keyword
     return call_activated(op, q, k, v, g, beta, launch=(), chunk_size=1, **keywords)
 
 
-def step(S: torch.Tensor, q, k, v, alpha, beta) -> torch.Tensor:
-    """Advance states S [M, K, V] by one token in place and return S^T q, as a row [M, 1, V].
+def step(S0: torch.Tensor, S: torch.Tensor, q, k, v, alpha, beta, out: torch.Tensor) -> None:
+    """Take states S0 [M, K, V] over one token into S, which may be S0, and write S^T q into out [M, 1, V].
 
     q, k, v are rows [M, 1, K or V], alpha [M, K, 1], beta [M, 1, 1].
     """
-    S *= alpha
-    delta = beta * (v - k @ S)
+    torch.mul(S0, alpha, out=S)
+    delta = torch.bmm(k, S)
+    torch.sub(v, delta, out=delta).mul_(beta)
     S.addcmul_(k.mT, delta)
-    return q @ S
+    torch.bmm(q, S, out=out)
 
 
 def _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch):
-    B, T, HV, _ = v.shape
-    runs, dtype, heads = runs_of(B, T, bounds_of(cu_seqlens, T)), compute_dtype(v), slice(0, HV)
-    states, o = States(initial_state, q, v, cu_seqlens, runs, state_interval), v.new_empty(v.shape)
-    tokens, S = [flat(x) for x in (q, k, v, g, beta)], states.take(runs, heads)
-    for first in range(0, runs.longest, BLOCK_TOKENS):
-        L = min(BLOCK_TOKENS, runs.longest - first)
-        blocks = [by_token(x, runs, first, L, heads, HV, dtype) for x in tokens]
-        out = torch.empty_like(blocks[2])
-        for t in range(L):
-            n = runs.running(first + t)
-            states.keep(S[:n], runs, first + t, heads)
-            out[t, :n] = _all_heads(S[:n], [x[t, :n] for x in blocks])
-        scatter(flat(o), out.mul_(scale).transpose(0, 1), runs, first, heads)
-    states.put(S, runs, heads)
+    B, T, HV, V = v.shape
+    runs, inputs = runs_of(B, T, bounds_of(cu_seqlens, T)), (q, k, v, g, beta)
+    states = States(initial_state, q, v, cu_seqlens, runs, state_interval, filled=False)
+    S0, S = states.open(runs)
+    if runs.longest == 1 and runs.adjacent and S.shape[1:] == (q.shape[3], V) and not state_interval:
+        o = _decode(inputs, S0, S, scale)
+    else:
+        o = _walk(inputs, S0, S, states, runs, scale)
+        states.close(S, runs)
     return o, states.final if output_final_state else S.new_empty(0), states.kept
 
 
-def _all_heads(S: torch.Tensor, token: list[torch.Tensor]) -> torch.Tensor:
-    """Advance S [n, HV, K, V] in place over one token, q, k, v, g, beta [n, HV, channels]; return S^T q [n, HV, V]."""
-    q, k, v, g, beta = (x.flatten(0, 1).unsqueeze(1) for x in token)
-    return step(S.flatten(0, 1), q, k, v, torch.exp(g).mT, beta).view(S.shape[0], S.shape[1], -1)
+def _decode(inputs: tuple[torch.Tensor, ...], S0: torch.Tensor, S: torch.Tensor, scale: float) -> torch.Tensor:
+    """Take states S0 [M, K, V] over the only token of their sequences into S, and return o in the shape of v.
+
+    There is nothing to gather, pad or scatter: 50 us less than `_walk`, of 230 for one sequence of 32 heads.
+    """
+    v, HV = inputs[2], inputs[2].shape[2]
+    rows = []
+    for x in inputs:
+        if x.shape[2] != HV:
+            x = x.repeat_interleave(HV // x.shape[2], 2)
+        x = x.to(S.dtype, copy=True, memory_format=torch.contiguous_format)  # aligned, whatever the caller's layout
+        rows.append(x.view(1, len(S), 1, -1))
+    out = torch.empty_like(rows[2])
+    _over(S0, S, [len(S)], rows, out)
+    return out.mul_(scale).view(v.shape).to(v.dtype)
+
+
+def _walk(inputs, S0: torch.Tensor, S: torch.Tensor, states: States, runs: Runs, scale: float) -> torch.Tensor:
+    """Take states S0 [N * HV, K', V'] over all tokens into S, and return o."""
+    HV, dtype, o = inputs[2].shape[2], S.dtype, inputs[2].new_empty(inputs[2].shape)
+    tokens, heads, block = [flat(x) for x in inputs], slice(0, HV), math.gcd(BLOCK_TOKENS, states.interval)
+    for first in range(0, runs.longest, block):
+        L, n = min(block, runs.longest - first), runs.running(first)
+        states.keep(S[: n * HV].unflatten(0, (n, HV)), runs, first, heads)
+        blocks = [by_token(x, runs, first, L, heads, HV, dtype) for x in tokens]
+        rows = [x.view(L, n * HV, 1, x.shape[3]) for x in blocks]
+        out = torch.empty_like(rows[2])
+        _over(S if first else S0, S, [runs.running(first + t) * HV for t in range(L)], rows, out)
+        scatter(flat(o), out.mul_(scale).view(L, n, HV, -1).transpose(0, 1), runs, first, heads)
+    return o
+
+
+def _over(S0: torch.Tensor, S: torch.Tensor, counts: list[int], rows: list[torch.Tensor], out: torch.Tensor) -> None:
+    """Take states S0 [.., K, V] over a block of tokens into S, group by group, the first counts[t] over token t.
+
+    rows: q, k, v, g, beta [L, counts[0], 1, channels]; out [L, counts[0], 1, V] receives S^T q.
+    """
+    q, k, v, g, beta = rows
+    rows = (q, k, v, g.exp_().mT, beta, out)
+    size = max(1, GROUP_ELEMENTS // (S.shape[1] * S.shape[2]))
+    if counts[0] <= size:
+        _group_over(S0, S, counts, rows)
+        return
+    parts = zip(S0.split(size), S.split(size), *(x.split(size, 1) for x in rows), strict=False)
+    for first, (before, after, *group) in zip(range(0, counts[0], size), parts, strict=False):
+        _group_over(before, after, [min(size, count - first) for count in counts], group)
+
+
+def _group_over(S0: torch.Tensor, S: torch.Tensor, counts: list[int], rows) -> None:
+    """Take the states of one group over a block of tokens; rows are q, k, v, alpha, beta, out, counts[t] may be < 1."""
+    for m, *token in zip(counts, *(x.unbind() for x in rows), strict=True):
+        if m < 1:
+            return
+        if m < len(S):
+            S0, S = S0[:m], S[:m]
+        step(S0, S, *(x[:m] for x in token) if m < len(token[0]) else token)
+        S0 = S
 
 
 op = register("recurrent_torch", _forward, adjoint)

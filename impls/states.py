@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from impls.activations import compute_dtype
+from impls.pages import room
 from impls.registration import state_shape
 from impls.sequences import Runs, padded
 
@@ -11,16 +12,16 @@ from impls.sequences import Runs, padded
 class States:
     """Hold the states of all runs while they are worked on, some runs and heads at a time.
 
-    The initial state is copied, never aliased. Intermediate states are those that enter tokens 0, interval,
-    2 * interval, ... of each run; none are kept where interval is 0.
+    The initial state is copied, never aliased; not yet where filled is False, for those who then `open` the states.
+    Intermediate states are those that enter tokens 0, interval, 2 * interval, ... of each run; none are kept where
+    interval is 0.
     """
 
-    def __init__(self, initial_state, q, v, cu_seqlens, runs: Runs, interval: int):
-        shape, dtype = state_shape(q, v, cu_seqlens), compute_dtype(v)
-        if initial_state is None:
-            self.final = v.new_zeros(shape, dtype=dtype)
-        else:
-            self.final = initial_state.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    def __init__(self, initial_state, q, v, cu_seqlens, runs: Runs, interval: int, filled: bool = True):
+        shape = state_shape(q, v, cu_seqlens)
+        self.initial, self.final = initial_state, room(shape, compute_dtype(v), v.device)
+        if filled:
+            self.fill()
         self.interval, self.kept, self.first_row = interval, v.new_empty(0), {}
         if interval:
             total = 0
@@ -29,6 +30,33 @@ class States:
                 total += -(-length // interval)
             NT = total if cu_seqlens is not None else -(-v.shape[1] // interval)
             self.kept = v.new_empty((v.shape[0], NT, *shape[1:]))
+
+    def fill(self) -> None:
+        """Copy the initial state, zeros where there is none, to where the final state will be."""
+        if self.initial is None:
+            self.final.zero_()
+        else:
+            self.final.copy_(self.initial)
+
+    def open(self, runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the states that enter all runs and the room for those that leave, [N * HV, K', V'] in runs' order.
+
+        Both are one where states are padded, permuted, kept or zero, and where a run has no token to write it. Else
+        the first is the initial state, of any dtype and strides, to be read only, and the second the final state.
+        """
+        N, HV, K, V = self.final.shape
+        plain = padded(K) == K and padded(V) == V and runs.order == tuple(range(N))
+        if plain and self.initial is not None and not self.interval and runs.running(0) == N:
+            return self.initial.flatten(0, 1), self.final.flatten(0, 1)
+        self.fill()
+        S = self.final.flatten(0, 1) if plain else self.take(runs, slice(0, HV)).flatten(0, 1)
+        return S, S
+
+    def close(self, S: torch.Tensor, runs: Runs) -> None:
+        """Store the states that leave the runs, unless they are where they belong: the end of what `open` began."""
+        N, HV = self.final.shape[:2]
+        if S.data_ptr() != self.final.data_ptr():
+            self.put(S.unflatten(0, (N, HV)), runs, slice(0, HV))
 
     def take(self, runs: Runs, heads: slice) -> torch.Tensor:
         """Return a copy of the states of some runs and heads, with null channels: [n, heads, K', V']."""

@@ -1,0 +1,51 @@
+"""Give states their memory: in huge pages, and out of what a state that was dropped leaves behind.
+
+Memory that malloc maps anew traps at the first touch of each 4 KiB, and it maps anew whatever exceeds a threshold of
+128 KiB that adapts, up to 32 MiB. A copy into fresh memory took 11 ms instead of 1.3 ms for 33.5 MB, 0.65 ms instead of
+0.03 ms for 2 MiB; in huge pages, which the kernel only has to clear, 2.2 ms and 0.11 ms; in memory that was used before
+no more than into any other. A decode step writes one state and drops another, so one spare is enough.
+"""
+
+import contextlib
+import ctypes
+import math
+import mmap
+import weakref
+
+import torch
+
+MAPPED_BYTES = 2**20
+"""Smaller states are left to malloc."""
+SPARE_BYTES = 2**28
+"""Larger memory is given back to the system at once."""
+
+_spare: list[mmap.mmap] = []
+"""At most one mapping that no tensor uses."""
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a contiguous tensor whose values are undefined, like torch.empty; its memory is its own while it lives."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < MAPPED_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = _mapped(size)
+    owner = (ctypes.c_char * size).from_buffer(memory)  # lives as long as the tensor's storage
+    weakref.finalize(owner, _leave, memory).atexit = False
+    return torch.frombuffer(owner, dtype=dtype).view(shape)
+
+
+def _mapped(size: int) -> mmap.mmap:
+    """Return the spare memory if it has this size, else new memory."""
+    with contextlib.suppress(IndexError):
+        if len(memory := _spare.pop()) == size:
+            return memory
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _leave(memory: mmap.mmap) -> None:
+    """Keep memory that its last tensor has left as the spare."""
+    if len(memory) <= SPARE_BYTES:
+        _spare[:] = [memory]

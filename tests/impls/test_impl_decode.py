@@ -1,0 +1,97 @@
+"""The decode step: one pass over the states in groups, into memory that earlier states have left."""
+
+import gc
+import mmap
+
+import pytest
+import torch
+
+from impls import fused_recurrent_kda, kda, pages, recurrent_torch
+
+
+def decoded(inputs, S0=None, **keywords):
+    return kda(*inputs, implementation="recurrent_torch", initial_state=S0, output_final_state=True, **keywords)
+
+
+def address(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+@pytest.fixture
+def mapped(monkeypatch):
+    """Map every memory of at least a page, beginning without a spare."""
+    monkeypatch.setattr(pages, "MAPPED_BYTES", mmap.PAGESIZE)
+    pages._spare.clear()
+
+
+def drawn_room(elements: int) -> torch.Tensor:
+    return pages.room((elements,), torch.float32, torch.device("cpu")).fill_(1)
+
+
+@pytest.mark.parametrize("elements", [1, 300, 2**20])
+@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("H, HV, K, V", [(2, 4, 16, 32), (3, 3, 5, 7), (1, 3, 32, 16)])
+def test_groups_of_any_size_give_the_same_bits(draw, draw_state, monkeypatch, elements, T, H, HV, K, V):
+    inputs, S0 = draw(3, T, H, HV, K, V, resets=True), draw_state(3, HV, K, V)
+    bounds = torch.tensor([0, T - T // 2, T, 2 * T, 3 * T])
+    packed = [x.flatten(0, 1).unsqueeze(0) for x in inputs], draw_state(4, HV, K, V)
+    whole = decoded(inputs, S0), decoded(*packed, cu_seqlens=bounds)
+    monkeypatch.setattr(recurrent_torch, "GROUP_ELEMENTS", elements)
+    for found, expected in zip((decoded(inputs, S0), decoded(*packed, cu_seqlens=bounds)), whole, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("H, HV", [(4, 4), (2, 4)])
+def test_the_decode_step_has_the_bits_of_the_first_token_of_many(draw, draw_state, dtype, H, HV):
+    inputs, S0 = draw(2, 5, H, HV, 32, 16, dtype, resets=True), draw_state(2, HV, 32, 16)
+    together, _ = decoded(inputs, S0)
+    for t in range(5):
+        o, S0 = decoded([x[:, t : t + 1] for x in inputs], S0)
+        assert torch.equal(o, together[:, t : t + 1])
+
+
+def test_states_that_live_share_no_memory_and_survive_later_steps(draw, draw_state, mapped):
+    inputs, states = draw(2, 1, 2, 2, 32, 32), [draw_state(2, 2, 32, 32)]
+    copies = []
+    for _ in range(4):
+        states.append(decoded(inputs, states[-1])[1])
+        copies.append(states[-1].clone())
+    assert len({address(S) for S in states}) == len(states)
+    assert all(torch.equal(S, copy) for S, copy in zip(states[1:], copies, strict=True))
+
+
+def test_memory_of_a_state_that_was_dropped_is_used_again(draw, mapped):
+    inputs = draw(2, 1, 2, 2, 32, 32)
+    _, S = fused_recurrent_kda(*inputs, output_final_state=True)
+    first, expected = address(S), S.clone()
+    del S
+    _, S = fused_recurrent_kda(*inputs, output_final_state=True)
+    assert address(S) == first and torch.equal(S, expected)
+
+
+@pytest.mark.parametrize("derive", [lambda x: x[7:], lambda x: x.numpy()], ids=["view", "numpy"])
+def test_what_is_derived_from_a_state_keeps_its_memory(mapped, derive):
+    x = drawn_room(4096)
+    derived, first = derive(x), address(x)
+    del x
+    gc.collect()
+    other = drawn_room(4096).fill_(2)
+    assert address(other) != first and (derived == 1).all()
+
+
+def test_one_spare_is_kept_of_at_most_the_limit_and_used_for_its_own_size_only(mapped, monkeypatch):
+    rooms = [drawn_room(4096), drawn_room(8192)]
+    del rooms[:]
+    assert len(pages._spare) == 1
+    assert len(drawn_room(2048)) == 2048
+    assert [len(memory) for memory in pages._spare] == [4 * 2048]
+    monkeypatch.setattr(pages, "SPARE_BYTES", 4096)
+    pages._spare.clear()
+    drawn_room(4096)
+    assert not pages._spare
+
+
+def test_small_states_are_left_to_malloc(monkeypatch):
+    monkeypatch.setattr(pages, "_mapped", None)
+    assert pages.room((3, 2), torch.float64, torch.device("cpu")).shape == (3, 2)
