@@ -22,6 +22,7 @@ from impls.call import call_activated, call_raw
 from impls.checks import bounds_of, wants_gradient
 from impls.choice import chunk_torch_config
 from impls.configs import ChunkTorchConfig
+from impls.pages import room
 from impls.registration import register, register_raw
 from impls.sequences import Activation, Runs, by_head, flat, groups, runs_of, scatter
 from impls.states import States
@@ -135,7 +136,8 @@ def _blockwise(tokens, activations, initial_state, cu_seqlens, scale, output_fin
     B, T, HV, _ = v.shape
     config = ChunkTorchConfig(*launch[:3], compile=bool(launch[3]))
     runs = runs_of(B, T, bounds_of(cu_seqlens, T))
-    states, o = States(initial_state, q, v, cu_seqlens, runs, state_interval), v.new_empty(v.shape)
+    states = States(initial_state, q, v, cu_seqlens, runs, state_interval)
+    o = room(v.shape, v.dtype, v.device)
     walk = _Walk([flat(x) for x in tokens], activations, flat(o), states, config)
     for some, heads in groups(runs, HV, config.heads):
         walk.over(runs.part(some), heads, scale)

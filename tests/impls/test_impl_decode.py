@@ -80,16 +80,25 @@ def test_what_is_derived_from_a_state_keeps_its_memory(mapped, derive):
     assert address(other) != first and (derived == 1).all()
 
 
-def test_one_spare_is_kept_of_at_most_the_limit_and_used_for_its_own_size_only(mapped, monkeypatch):
-    rooms = [drawn_room(4096), drawn_room(8192)]
-    del rooms[:]
-    assert len(pages._spare) == 1
-    assert len(drawn_room(2048)) == 2048
-    assert [len(memory) for memory in pages._spare] == [4 * 2048]
-    monkeypatch.setattr(pages, "SPARE_BYTES", 4096)
-    pages._spare.clear()
-    drawn_room(4096)
-    assert not pages._spare
+def sizes_of_spares() -> list[int]:
+    return [len(memory) // 4 for memory in pages._spare]
+
+
+def test_a_spare_of_each_size_is_kept_and_used_for_its_own_size_only(mapped):
+    rooms = [drawn_room(elements) for elements in (4096, 8192, 8192)]
+    rooms.clear()
+    assert sorted(sizes_of_spares()) == [4096, 8192]
+    other, same = drawn_room(2048), drawn_room(8192)
+    assert sizes_of_spares() == [4096] and len(other) + len(same) == 10240
+
+
+def test_the_latest_spares_are_kept_up_to_the_limit(mapped, monkeypatch):
+    monkeypatch.setattr(pages, "SPARE_BYTES", 4 * 10000)
+    for elements in (2048, 4096, 8192):
+        drawn_room(elements)
+    assert sizes_of_spares() == [8192]
+    drawn_room(16384)
+    assert sizes_of_spares() == [8192]
 
 
 def test_small_states_are_left_to_malloc(monkeypatch):
