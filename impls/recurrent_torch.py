@@ -66,18 +66,25 @@ def _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_st
 def _decode(inputs: tuple[torch.Tensor, ...], S0: torch.Tensor, S: torch.Tensor, scale: float) -> torch.Tensor:
     """Take states S0 [M, K, V] over the only token of their sequences into S, and return o in the shape of v.
 
-    There is nothing to gather, pad or scatter: 50 us less than `_walk`, of 230 for one sequence of 32 heads.
+    There is nothing to gather, pad or scatter: 60 us less than `_walk`, of 230 for one sequence of 32 heads.
     """
-    v, HV = inputs[2], inputs[2].shape[2]
-    rows = []
+    M, HV, rows = len(S), inputs[2].shape[2], []
     for x in inputs:
         if x.shape[2] != HV:
             x = x.repeat_interleave(HV // x.shape[2], 2)
         x = x.to(S.dtype, copy=True, memory_format=torch.contiguous_format)  # aligned, whatever the caller's layout
-        rows.append(x.view(1, len(S), 1, -1))
-    out = torch.empty_like(rows[2])
-    _over(S0, S, [len(S)], rows, out)
-    return out.mul_(scale).view(v.shape).to(v.dtype)
+        rows.append(x.view(M, 1, -1))
+    q, k, v, g, beta = rows
+    size, out = _group_size(S), torch.empty_like(v)
+    whole = (S0, S, q, k, v, g.exp_().mT, beta, out)
+    for group in [whole] if size >= M else zip(*(x.split(size) for x in whole), strict=True):
+        step(*group)
+    return out.mul_(scale).view(inputs[2].shape).to(inputs[2].dtype)
+
+
+def _group_size(S: torch.Tensor) -> int:
+    """Return how many states of S [.., K, V] are worked on together."""
+    return max(1, GROUP_ELEMENTS // (S.shape[1] * S.shape[2]))
 
 
 def _walk(inputs, S0: torch.Tensor, S: torch.Tensor, states: States, runs: Runs, scale: float) -> torch.Tensor:
@@ -102,10 +109,7 @@ def _over(S0: torch.Tensor, S: torch.Tensor, counts: list[int], rows: list[torch
     """
     q, k, v, g, beta = rows
     rows = (q, k, v, g.exp_().mT, beta, out)
-    size = max(1, GROUP_ELEMENTS // (S.shape[1] * S.shape[2]))
-    if counts[0] <= size:
-        _group_over(S0, S, counts, rows)
-        return
+    size = _group_size(S)
     parts = zip(S0.split(size), S.split(size), *(x.split(size, 1) for x in rows), strict=False)
     for first, (before, after, *group) in zip(range(0, counts[0], size), parts, strict=False):
         _group_over(before, after, [min(size, count - first) for count in counts], group)
