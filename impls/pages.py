@@ -19,8 +19,9 @@ MAPPED_BYTES = 2**20
 SPARE_BYTES = 2**28
 """What is kept at most; larger memory is given back to the system at once."""
 
-_spare: list[mmap.mmap] = []
-"""Mappings that no tensor uses, at most one of a size, the latest last."""
+_spare: dict[int, mmap.mmap] = {}
+"""Mappings that no tensor uses, one of a size, the latest last. Taken and left in single steps of the dictionary, so
+that threads need no lock: a tensor may end in any of them, and in the middle of either function."""
 
 
 def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -44,12 +45,9 @@ def _owner(size: int) -> type:
 
 
 def _mapped(size: int) -> mmap.mmap:
-    """Return spare memory of this size, else new memory."""
-    for memory in tuple(_spare):
-        if len(memory) == size:
-            with contextlib.suppress(ValueError):  # another thread took it meanwhile
-                _spare.remove(memory)
-                return memory
+    """Return the spare memory of this size, else new memory."""
+    if (spare := _spare.pop(size, None)) is not None:
+        return spare
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -57,10 +55,10 @@ def _mapped(size: int) -> mmap.mmap:
 
 
 def _leave(memory: mmap.mmap) -> None:
-    """Keep memory that its last tensor has left, and of what was kept before the latest, of other sizes, that fits."""
-    kept, total = [], 0
-    for spare in [memory, *reversed(_spare)]:
-        if total + len(spare) <= SPARE_BYTES and all(len(spare) != len(other) for other in kept):
-            kept.append(spare)
-            total += len(spare)
-    _spare[:] = reversed(kept)
+    """Keep memory that its last tensor has left as the latest spare, and drop the oldest ones beyond SPARE_BYTES."""
+    _spare.pop(len(memory), None)
+    _spare[len(memory)] = memory
+    for size in tuple(_spare):
+        if sum(tuple(_spare)) <= SPARE_BYTES:
+            return
+        _spare.pop(size, None)

@@ -2,6 +2,8 @@
 
 import gc
 import mmap
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -81,7 +83,7 @@ def test_what_is_derived_from_a_state_keeps_its_memory(mapped, derive):
 
 
 def sizes_of_spares() -> list[int]:
-    return [len(memory) // 4 for memory in pages._spare]
+    return [size // 4 for size in pages._spare]
 
 
 def test_a_spare_of_each_size_is_kept_and_used_for_its_own_size_only(mapped):
@@ -98,7 +100,27 @@ def test_the_latest_spares_are_kept_up_to_the_limit(mapped, monkeypatch):
         drawn_room(elements)
     assert sizes_of_spares() == [8192]
     drawn_room(16384)
-    assert sizes_of_spares() == [8192]
+    assert sizes_of_spares() == []
+    drawn_room(2048), drawn_room(4096), drawn_room(2048)
+    assert sizes_of_spares() == [4096, 2048]
+
+
+def test_threads_never_share_the_memory_of_tensors_that_live(mapped):
+    def work(number):
+        for turn in range(300):
+            x = drawn_room(1024 * (1 + turn % 3)).fill_(number)
+            y = drawn_room(2048).fill_(-number)
+            if not ((x == number).all() and (y == -number).all()):
+                return False
+        return True
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(1, 5)))
+    finally:
+        sys.setswitchinterval(switch)
 
 
 def test_small_states_are_left_to_malloc(monkeypatch):
