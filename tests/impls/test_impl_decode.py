@@ -107,10 +107,9 @@ def test_the_latest_spares_are_kept_up_to_the_limit(mapped, monkeypatch):
 
 def test_threads_never_share_the_memory_of_tensors_that_live(mapped):
     def work(number):
-        for turn in range(300):
-            x = drawn_room(1024 * (1 + turn % 3)).fill_(number)
-            y = drawn_room(2048).fill_(-number)
-            if not ((x == number).all() and (y == -number).all()):
+        for turn in range(2000):
+            live = [drawn_room(1024 * (1 + (turn + i) % 3)).fill_(number + 10 * i) for i in range(3)]
+            if any((x != number + 10 * i).any() for i, x in enumerate(live)):
                 return False
         return True
 
