@@ -1,13 +1,14 @@
 """Choose the configuration of a call that names none, from what the compiler made of the candidates.
 
-Nothing here was measured on a processor: candidates were compiled with Triton 3.7.1 and ranked by `impls.estimate` at
-T = 8192, H = 64, K = V, the gate and the norms inside; beside each row stand the figures of its two kernels,
+Nothing here was measured on a processor: candidates were compiled with Triton 3.7.1 at T = 8192, H = 64, K = V, the
+gate and the norms inside. At C = 16 those that spill nothing come first, where there are any, then the quickest by
+`impls.estimate`; beside most rows stand the figures of their two kernels,
 
     registers / bytes spilled, microseconds by estimate     of intra | of the walk
 
 All of C = 16 for 16 bits spill nothing, at K = V = 256 either but for the walk on sm_80 (40 bytes; no row spills none).
-C = 32 spills in intra nearly everywhere, and costs there more than it saves in the walk; it is run only where the
-caller asks for it, as is C = 64.
+C = 32 spills in intra on NVIDIA and costs there more than it saves in the walk, which on sm_80 and gfx942 takes even
+longer; it is run only where the caller asks for it, as is C = 64.
 """
 
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ _NARROW = {
         16: _Row(1, 1, 2, 16, 1, 3),
         32: _Row(1, 1, 2, 32, 2, 3),
         64: _Row(1, 2, 1, 32, 2, 3),  # 154 / 0, 296 | 165 / 0, 281; value tile 64: 343
-        128: _Row(1, 2, 2, 64, 4, 3),  # 247 / 0, 514 | 247 / 0, 465; value tile 128: 558
+        128: _Row(1, 2, 2, 64, 4, 3),  # 247 / 0, 514 | 247 / 0, 465; value tile 32: 399, twice the reads; 128: 558
         256: _Row(1, 8, 1, 64, 4, 3),  # 156 / 0, 2263 | 255 / 40, 1602; value tile 16: 4081, 16 spilled
     },
     ("sm_90", 16): {

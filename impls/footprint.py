@@ -83,7 +83,8 @@ def _walk(config: ChunkTritonConfig, problem: Problem, target: Target, summary: 
     needed = _grouped(tiles, config, BV) if grouped else _single(tiles, config, item, target)
     # the state is loaded and stored in another layout than that of the products
     exchanged = summary or not target.nvidia or (config.walk_warps >= GROUP and not grouped)
-    # a state that is kept is stored from within the loop: a quarter of it at a time, or all of it where V comes first
+    # a state that is kept is stored from within the loop: on NVIDIA up to all of it at a time, where V comes first, on
+    # AMD never more than a quarter of it in either layout, in all that was compiled
     kept = (state if target.nvidia else state // 4) if problem.keeps and not summary else 0
     return (max(needed, state) if exchanged else needed) + kept
 

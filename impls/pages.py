@@ -15,7 +15,7 @@ import mmap
 import torch
 
 MAPPED_BYTES = 2**20
-"""Smaller states are left to malloc."""
+"""Smaller tensors are left to malloc."""
 SPARE_BYTES = 2**28
 """What is kept at most; larger memory is given back to the system at once."""
 
@@ -25,14 +25,17 @@ that threads need no lock: a tensor may end in any of them, and in the middle of
 
 
 def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return a contiguous tensor whose values are undefined, like torch.empty; its memory is its own while it lives."""
+    """Return a contiguous tensor whose values are undefined, like torch.empty; its memory is its own while it lives.
+
+    Unlike there its storage cannot be resized: `resize_` to more elements, and `out=` of a larger shape, are refused.
+    """
     size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < MAPPED_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if device.type != "cpu" or size < MAPPED_BYTES or (memory := _mapped(size)) is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    memory = _mapped(size)
     owner = _owner(size).from_buffer(memory)
     owner.memory = memory
-    return torch.frombuffer(owner, dtype=dtype).view(shape)
+    storage = torch.frombuffer(owner, dtype=torch.uint8).untyped_storage()
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # a view of it could not be modified under autograd
 
 
 @functools.lru_cache(maxsize=64)
@@ -44,11 +47,14 @@ def _owner(size: int) -> type:
     return type("Owner", (ctypes.c_char * size,), {"__del__": lambda self: _leave(self.memory)})
 
 
-def _mapped(size: int) -> mmap.mmap:
-    """Return the spare memory of this size, else new memory."""
-    if (spare := _spare.pop(size, None)) is not None:
+def _mapped(size: int) -> mmap.mmap | None:
+    """Return the spare memory of this size, else new memory; None where the system has none to give."""
+    if (spare := _spare.pop(size, None)) is not None or not hasattr(mmap, "MADV_HUGEPAGE"):
         return spare
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        return None  # torch then says so in its own words
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
@@ -56,6 +62,8 @@ def _mapped(size: int) -> mmap.mmap:
 
 def _leave(memory: mmap.mmap) -> None:
     """Keep memory that its last tensor has left as the latest spare, and drop the oldest ones beyond SPARE_BYTES."""
+    if len(memory) > SPARE_BYTES:
+        return
     _spare.pop(len(memory), None)
     _spare[len(memory)] = memory
     for size in tuple(_spare):

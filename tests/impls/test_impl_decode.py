@@ -100,9 +100,33 @@ def test_the_latest_spares_are_kept_up_to_the_limit(mapped, monkeypatch):
         drawn_room(elements)
     assert sizes_of_spares() == [8192]
     drawn_room(16384)
-    assert sizes_of_spares() == []
+    assert sizes_of_spares() == [8192]
     drawn_room(2048), drawn_room(4096), drawn_room(2048)
     assert sizes_of_spares() == [4096, 2048]
+
+
+@pytest.mark.parametrize("name", ["chunk_torch", "recurrent_torch"])
+@pytest.mark.parametrize("index", [0, 1], ids=["outputs", "state"])
+def test_what_comes_back_may_be_modified_in_place(draw, draw_state, mapped, name, index):
+    weight = torch.tensor(2.0, requires_grad=True)
+
+    def run(S0, asks: bool):
+        with torch.set_grad_enabled(asks):
+            inputs = draw(2, 20, 2, 2, 32, 32)
+            return kda(*inputs, implementation=name, initial_state=S0, output_final_state=True)[index]
+
+    plain, S0 = run(draw_state(2, 2, 32, 32), False), draw_state(2, 2, 32, 32).requires_grad_()
+    expected = 2 * plain
+    found = run(S0, True).mul_(2.0)
+    found.sum().backward()
+    assert torch.equal(found, expected) and S0.grad.abs().sum() > 0
+    plain.mul_(weight).sum().backward()
+    assert torch.equal(plain, expected) and weight.grad is not None and plain.detach_() is plain
+
+
+def test_memory_that_the_system_does_not_have_is_refused_in_the_words_of_torch():
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        pages.room((2**50,), torch.float32, torch.device("cpu"))
 
 
 def test_threads_never_share_the_memory_of_tensors_that_live(mapped):
