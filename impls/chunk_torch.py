@@ -13,6 +13,7 @@ tokens and heads.
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -83,12 +84,11 @@ def _keep_freed_memory() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8).fill_(0)
 
 
-def _compiled_within(pairs: int, *inputs_and_C):
+def _compiled_within(inputs: tuple[torch.Tensor, ...], C: int, pairs: int) -> list[torch.Tensor]:
     """Run the compiled `within_chunks` in one shape, for so many sequences and heads, or others would be compiled too.
 
     Beyond 8 shapes dynamo would refuse, and shapes are few but more than that.
     """
-    *inputs, C = inputs_and_C
     M, chunks = len(inputs[0]), inputs[0].shape[1] // C
     with torch.inference_mode(False), torch.no_grad():
         if pairs > M:
@@ -124,10 +124,10 @@ class _Walk:
         C = self.config.chunk_size
         return min(self.L, -(-left // C) * C)
 
-    def within(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def within(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         """Run `within_chunks` as configured."""
         if self.config.compile:
-            return _compiled_within(self.config.heads, *inputs, self.config.chunk_size)
+            return _compiled_within(inputs, self.config.chunk_size, self.config.heads)
         return within_chunks(*inputs, self.config.chunk_size)
 
 
