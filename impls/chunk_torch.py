@@ -11,9 +11,7 @@ tokens and heads.
 """
 
 import functools
-import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,15 +20,14 @@ from impls.adjoint_torch import adjoint
 from impls.call import call_activated, call_raw
 from impls.checks import bounds_of, wants_gradient
 from impls.choice import chunk_torch_config
+from impls.compiler_cpu import can_compile, compiled
 from impls.configs import ChunkTorchConfig
 from impls.pages import room
 from impls.registration import register, register_raw
-from impls.sequences import Activation, Runs, by_head, flat, groups, runs_of, scatter
+from impls.schedule import Activation, Span, blocks, gather, scatter
+from impls.sequences import flat, padded, runs_of
 from impls.states import States
 from impls.tree_torch import within_chunks
-
-COMPILED_SHAPES = 256
-"""How many combinations of channels, dtype and configuration one process may compile."""
 
 
 def chunk_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
@@ -45,90 +42,67 @@ def chunk_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     return call(to, q, k, v, g, beta, launch=launch, chunk_size=config.chunk_size, **keywords)
 
 
-def walk(within, v, S, o, scale: float) -> None:
-    """Walk over the chunks of a block: write scale S^T q into o [M, L, V], leave in S [M, K, V] the states behind it.
+def over_chunk(A, X, reads, k_after, total, v, scale, o, S) -> None:
+    """Take the states S [lanes, K, V] over one chunk, and write scale S^T q into o [lanes, C, V].
 
-    within: what `within_chunks` returned; v [M, L, V].
+    A to total: what `within_chunks` returned; v [lanes, C, V], scale [].
     """
-    M, _, V = v.shape
-    C = within[0].shape[-1]
-    chunks = [x.unflatten(0, (M, -1)) for x in within] + [x.view(M, -1, C, V) for x in (v, o)]
-    for A, X, reads, k_after, total, v, o in zip(*(x.unbind(1) for x in chunks), strict=True):
-        seen = torch.bmm(reads, S)
-        delta = torch.bmm(X, v - seen[:, :C])
-        # the product is not written into o, a part of a block: it would be one call per matrix
-        torch.mul(torch.baddbmm(seen[:, C:], A, delta), scale, out=o)
-        S.mul_(total.unsqueeze(-1)).baddbmm_(k_after.mT, delta)
+    C = v.shape[1]
+    seen = torch.bmm(reads, S)
+    delta = torch.bmm(X, v - seen[:, :C])
+    torch.mul(torch.baddbmm(seen[:, C:], A, delta), scale, out=o)
+    S.copy_(torch.baddbmm(S.mul_(total.unsqueeze(-1)), k_after, delta))
 
 
-@functools.cache
-def _compiled():
-    """Return the compiled `within_chunks`, or itself, with one warning, where there is no C++ compiler."""
-    from torch._inductor.cpp_builder import get_cpp_compiler  # a second to import
-
-    try:
-        get_cpp_compiler()
-    except RuntimeError as error:
-        warnings.warn(f"chunk_torch runs uncompiled, several times slower: {error}", stacklevel=2)
-        return within_chunks
-    _keep_freed_memory()
-    return torch.compile(within_chunks, fullgraph=True, dynamic=False)
-
-
-def _keep_freed_memory() -> None:
-    """Make the C library keep what a block frees for the next one.
-
-    glibc gives the top of its heap back beyond twice the largest block that it mapped and freed so far (32 MiB at
-    most): with blocks of 1 MiB every one of 32 calls faulted 265 pages in again, 1.7 ms instead of 0.6.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8).fill_(0)
-
-
-def _compiled_within(inputs: tuple[torch.Tensor, ...], C: int, pairs: int) -> list[torch.Tensor]:
-    """Run the compiled `within_chunks` in one shape, for so many sequences and heads, or others would be compiled too.
-
-    Beyond 8 shapes dynamo would refuse, and shapes are few but more than that.
-    """
-    M, chunks = len(inputs[0]), inputs[0].shape[1] // C
-    with torch.inference_mode(False), torch.no_grad():
-        if pairs > M:
-            inputs = [torch.cat([x, x.new_zeros((pairs - M, *x.shape[1:]))]) for x in inputs]
-        with torch._dynamo.config.patch(recompile_limit=COMPILED_SHAPES):
-            return [x[: M * chunks] for x in _compiled()(*inputs, C)]
+@functools.lru_cache(maxsize=256)
+def _compiled(slots: int, lanes: int, C: int, K: int, V: int, dtype: torch.dtype, threads: int) -> tuple[Callable, ...]:
+    """Return `within_chunks` and `over_chunk` for blocks of this shape, compiled for so many threads."""
+    R = slots * lanes
+    inputs = [torch.zeros(R, C, channels, dtype=dtype) for channels in (K, K, K, 1)]
+    within = compiled(lambda *x: [y.contiguous() for y in within_chunks(*x)], inputs, products=False)
+    shapes = [(lanes, C, C)] * 2 + [(lanes, 2 * C, K), (lanes, K, C), (lanes, K), (lanes, C, V), ()]
+    inputs = [torch.zeros(shape, dtype=dtype) for shape in (*shapes, (lanes, C, V), (lanes, K, V))]
+    return within, compiled(over_chunk, inputs, products=dtype == torch.float32)
 
 
 class _Walk:
-    """Walk over some runs and heads, block by block."""
+    """Walk over all runs and heads, block by block."""
 
-    def __init__(self, tokens, activations, o: torch.Tensor, states: States, config: ChunkTorchConfig):
+    def __init__(self, tokens, activations, o: torch.Tensor, states: States, lanes: int, scale: float, config):
         self.tokens, self.activations, self.o, self.states, self.config = tokens, activations, o, states, config
-        self.L = math.gcd(config.block_tokens, states.interval)
+        self.dtype, self.scale = states.final.dtype, torch.tensor(scale, dtype=states.final.dtype)
+        self.slots, self.lanes, self.S = config.block_tokens // config.chunk_size, lanes, None
+        self.within, self.over, self.fixed = within_chunks, over_chunk, config.compile and can_compile()
+        if self.fixed:
+            K, V = (padded(x) for x in states.final.shape[-2:])
+            self.lanes = config.heads
+            shape = self.slots, self.lanes, config.chunk_size, K, V
+            self.within, self.over = _compiled(*shape, self.dtype, torch.get_num_threads())
 
-    def over(self, runs: Runs, heads: slice, scale: float) -> None:
-        """Write o of some runs and heads, and their final and intermediate states."""
-        S = self.states.take(runs, heads)
-        for first in range(0, runs.longest, self.L):
-            n, L = runs.running(first), self.L if self.config.compile else self.tokens_of_block(runs.longest - first)
-            self.states.keep(S[:n], runs, first, heads)
-            q, k, v, g, beta = (
-                by_head(x, runs, first, L, heads, self.o.shape[1], S.dtype, activate).flatten(0, 1)
-                for x, activate in zip(self.tokens, self.activations, strict=True)
-            )
-            o = torch.empty_like(v)
-            walk(self.within(q, k, g, beta), v, S[:n].flatten(0, 1), o, scale)
-            scatter(self.o, o.view(n, -1, *o.shape[1:]).transpose(1, 2), runs, first, heads)
-        self.states.put(S, runs, heads)
+    def block(self, spans: Sequence[Span]) -> None:
+        """Write o of the chunks of a block, and the states behind them."""
+        slots = self.slots if self.fixed else spans[-1].slot + spans[-1].slots
+        HV, shape = self.o.shape[1], (slots, self.lanes, self.config.chunk_size)
+        q, k, v, g, beta = (
+            gather(x, spans, shape, HV, self.dtype, activate)
+            for x, activate in zip(self.tokens, self.activations, strict=True)
+        )
+        o = torch.empty_like(v)
+        within = (x.unflatten(0, shape[:2]) for x in self.within(*(x.flatten(0, 1) for x in (q, k, g, beta))))
+        chunks = list(zip(*(x.unbind() for x in (*within, v, o)), strict=True))
+        for span in spans:
+            self.walk(span, chunks[span.slot : span.slot + span.slots])
+        scatter(self.o, o, spans)
 
-    def tokens_of_block(self, left: int) -> int:
-        """Return how many tokens to work on when `left` are left: whole chunks, as few as needed."""
-        C = self.config.chunk_size
-        return min(self.L, -(-left // C) * C)
-
-    def within(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Run `within_chunks` as configured."""
-        if self.config.compile:
-            return _compiled_within(inputs, self.config.chunk_size, self.config.heads)
-        return within_chunks(*inputs, self.config.chunk_size)
+    def walk(self, span: Span, chunks: Sequence[tuple[torch.Tensor, ...]]) -> None:
+        """Walk over the chunks of a span."""
+        if span.first == 0:
+            self.S = self.states.borrow(span.runs, span.heads, self.lanes)
+        for i, (*within, v, o) in enumerate(chunks):
+            self.states.keep(self.S, span.runs, span.first + i * self.config.chunk_size, span.heads)
+            self.over(*within, v, self.scale, o, self.S)
+        if span.last:
+            self.states.give_back(self.S, span.runs, span.heads)
 
 
 def _blockwise(tokens, activations, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch):
@@ -138,9 +112,10 @@ def _blockwise(tokens, activations, initial_state, cu_seqlens, scale, output_fin
     runs = runs_of(B, T, bounds_of(cu_seqlens, T))
     states = States(initial_state, q, v, cu_seqlens, runs, state_interval)
     o = room(v.shape, v.dtype, v.device)
-    walk = _Walk([flat(x) for x in tokens], activations, flat(o), states, config)
-    for some, heads in groups(runs, HV, config.heads):
-        walk.over(runs.part(some), heads, scale)
+    lanes = min(HV, config.heads) * min(len(runs.order), max(1, config.heads // HV))
+    walk = _Walk([flat(x) for x in tokens], activations, flat(o), states, lanes, scale, config)
+    for spans in blocks(runs, HV, config.heads, config.chunk_size, walk.slots):
+        walk.block(spans)
     return o, states.final if output_final_state else states.final.new_empty(0), states.kept
 
 

@@ -93,7 +93,7 @@ def _walk(inputs, S0: torch.Tensor, S: torch.Tensor, states: States, runs: Runs,
     tokens, heads, block = [flat(x) for x in inputs], slice(0, HV), math.gcd(BLOCK_TOKENS, states.interval)
     for first in range(0, runs.longest, block):
         L, n = min(block, runs.longest - first), runs.running(first)
-        states.keep(S[: n * HV].unflatten(0, (n, HV)), runs, first, heads)
+        states.keep(S, runs, first, heads)
         blocks = [by_token(x, runs, first, L, heads, HV, dtype) for x in tokens]
         rows = [x.view(L, n * HV, 1, x.shape[3]) for x in blocks]
         out = torch.empty_like(rows[2])

@@ -58,6 +58,25 @@ class States:
         if S.data_ptr() != self.final.data_ptr():
             self.put(S.unflatten(0, (N, HV)), runs, slice(0, HV))
 
+    def borrow(self, runs: Runs, heads: slice, lanes: int) -> torch.Tensor:
+        """Return the states [lanes, K', V'] of some runs and heads to be worked on: their own memory, or a copy.
+
+        A copy where channels or lanes are null, or do not lie one after the other.
+        """
+        K, V = self.final.shape[-2:]
+        S, n = self.final[runs.order[0] :, heads], len(runs.order)
+        in_order = runs.order == tuple(range(runs.order[0], runs.order[0] + n)) and (n == 1 or S.is_contiguous())
+        if in_order and padded(K) == K and padded(V) == V and lanes == n * S.shape[1]:
+            return S[:n].flatten(0, 1)
+        S = self.take(runs, heads).flatten(0, 1)
+        return F.pad(S, (0, 0, 0, 0, 0, lanes - len(S)))
+
+    def give_back(self, S: torch.Tensor, runs: Runs, heads: slice) -> None:
+        """Store the states that leave some runs, unless they are where they belong: the end of `borrow`."""
+        n, count = len(runs.order), heads.stop - heads.start
+        if S.data_ptr() != self.final[runs.order[0], heads].data_ptr():
+            self.put(S[: n * count].unflatten(0, (n, count)), runs, heads)
+
     def take(self, runs: Runs, heads: slice) -> torch.Tensor:
         """Return a copy of the states of some runs and heads, with null channels: [n, heads, K', V']."""
         S = self.final[list(runs.order), heads]
@@ -70,8 +89,10 @@ class States:
         self.final[list(runs.order), heads] = S[..., :K, :V]
 
     def keep(self, S: torch.Tensor, runs: Runs, first: int, heads: slice) -> None:
-        """Keep the states S [n, heads, K', V'] that enter token `first` of n runs, if that begins an interval."""
+        """Keep the states S [lanes, K', V'] that enter token `first` of the runs, if that begins an interval."""
         if self.interval and first % self.interval == 0:
             K, V = self.final.shape[-2:]
-            places = [self.first_row[place] + first // self.interval for place in runs.order[: len(S)]]
+            n, count = runs.running(first), heads.stop - heads.start
+            places = [self.first_row[place] + first // self.interval for place in runs.order[:n]]
+            S = S[: n * count].unflatten(0, (n, count))
             self.kept.flatten(0, 1)[places, heads] = S[..., :K, :V].to(self.kept.dtype)

@@ -22,13 +22,13 @@ GROUP = 8
 """Tokens that are worked on element by element: products of fewer rows reach a twentieth of the speed of large ones."""
 
 
-def within_chunks(q, k, g, beta, C: int) -> tuple[torch.Tensor, ...]:
-    """Return all of a block that needs no state, for q, k, g [M, L, K], beta [M, L, 1], L a multiple of C.
+def within_chunks(q, k, g, beta) -> tuple[torch.Tensor, ...]:
+    """Return all of chunks that needs no state, for q, k, g [R, C, K] and beta [R, C, 1] of R chunks.
 
-    A, X diag(beta) [R, C, C], the rows k before and q before [R, 2C, K], k after [R, C, K] and the decay of the whole
-    chunk [R, K], for R = M L / C chunks.
+    A, X diag(beta) [R, C, C], the rows k before and q before [R, 2C, K], k after transposed [R, K, C] and the decay of
+    the whole chunk [R, K].
     """
-    K, beta = q.shape[-1], beta.reshape(-1, C)
+    (_, C, K), beta = q.shape, beta.squeeze(-1)
     q, k, g = (x.reshape(-1, GROUP, K) for x in (q, k, g))
     alpha = torch.exp(g)  # behind reshape: before it, the compiler computes it again for every use
     A, L = group_products(q, k, alpha)
@@ -43,7 +43,7 @@ def within_chunks(q, k, g, beta, C: int) -> tuple[torch.Tensor, ...]:
         s *= 2
     A, X = _joined(A, L, beta, corners)
     q, k = q.view(-1, C, K), k.view(-1, C, K)
-    return A, X * beta.unsqueeze(1), torch.cat([k * before, q * before], 1), k * after, total
+    return A, X * beta.unsqueeze(1), torch.cat([k * before, q * before], 1), (k * after).mT, total
 
 
 def group_products(q, k, alpha) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,5 +60,5 @@ def test_inside_a_block_of_chunks_no_tensor_is_larger_than_two_inputs_of_the_blo
     M, L = 4, 128
     q, k, _, g, beta = (x.transpose(1, 2).flatten(0, 1).view(M, L, -1) for x in draw(1, L, M, M, K, V))
     with Largest() as seen:
-        within_chunks(q, k, g, beta, C)
+        within_chunks(*(x.reshape(M * L // C, C, -1) for x in (q, k, g, beta)))
     assert seen.elements <= 2 * M * L * K

@@ -1,0 +1,118 @@
+"""Lay out the chunks of a batch in blocks that are worked on at once, and copy tokens into blocks and out of them.
+
+A slot of a block is one chunk of some runs and heads, its lanes: [slots, lanes, C, channels]. What needs no state is
+done for all slots of a block together, whatever they belong to; so the chunks of many short sequences fill a block.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from impls.sequences import Runs, groups, padded
+
+Activation = Callable[[torch.Tensor, slice], torch.Tensor]
+"""Turn raw rows [n, tokens, heads, channels] of some value heads into what the recurrence takes, in the same shape."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive chunks of some runs and heads, in slots `slot` and following; `last` where none of these follow."""
+
+    runs: Runs
+    heads: slice
+    first: int
+    """The first token, in every run."""
+    slot: int
+    slots: int
+    last: bool
+
+    @property
+    def lanes(self) -> int:
+        """Return how many lanes are taken: runs times heads."""
+        return len(self.runs.order) * (self.heads.stop - self.heads.start)
+
+
+def blocks(runs: Runs, HV: int, pairs: int, C: int, slots: int) -> Iterator[list[Span]]:
+    """Yield blocks of at most so many slots that cover every chunk of every run and head once, in order.
+
+    A slot holds at most `pairs` of a run and a head; runs without tokens are left out.
+    """
+    block, taken = [], 0
+    for some, heads in groups(runs, HV, pairs):
+        part, first = runs.part(some), 0
+        while first < part.longest:
+            left = -(-(part.longest - first) // C)
+            span = Span(part, heads, first, taken, min(left, slots - taken), left <= slots - taken)
+            block.append(span)
+            first, taken = first + span.slots * C, taken + span.slots
+            if taken == slots:
+                yield block
+                block, taken = [], 0
+    if block:
+        yield block
+
+
+def gather(
+    x: torch.Tensor, block: Sequence[Span], shape: tuple[int, int, int], HV: int, dtype, activate: Activation | None
+) -> torch.Tensor:
+    """Return the tokens of a block [slots, lanes, C, channels'], activated, zero where there are none.
+
+    x [B * T, H or HV, channels] or [B * T, HV]; where it has fewer heads than HV, value head h reads head
+    h // (HV // H). shape: slots, lanes and C.
+    """
+    x, channels = (x.unsqueeze(-1), 1) if x.ndim == 2 else (x, padded(x.shape[-1]))
+    size = (*shape, channels)
+    full = channels == x.shape[-1] and _full(block, shape)
+    out = x.new_empty(size, dtype=dtype) if full else x.new_zeros(size, dtype=dtype)
+    for span in block:
+        columns = _columns(span.heads, HV // x.shape[1], x.device)
+        for rows, place in _pieces(x, out[..., : x.shape[-1]], span):
+            rows = rows[:, :, columns]
+            rows = rows if activate is None else activate(rows, span.heads)
+            place.copy_(_chunked(rows, shape[2]))
+    return out
+
+
+def scatter(x: torch.Tensor, out: torch.Tensor, block: Sequence[Span]) -> None:
+    """Copy the tokens of a block [slots, lanes, C, channels'] into x [B * T, HV, channels]."""
+    for span in block:
+        for rows, place in _pieces(x, out[..., : x.shape[-1]], span):
+            _chunked(rows[:, :, span.heads], out.shape[2]).copy_(place)
+
+
+def _full(block: Sequence[Span], shape: tuple[int, int, int]) -> bool:
+    """Tell whether every token of every slot and lane is one of a run."""
+    slots, lanes, C = shape
+    return sum(span.slots for span in block) == slots and all(
+        span.lanes == lanes and span.runs.lengths[-1] >= span.first + span.slots * C for span in block
+    )
+
+
+def _columns(heads: slice, ratio: int, device) -> slice | torch.Tensor:
+    return heads if ratio == 1 else torch.arange(heads.start, heads.stop, device=device) // ratio
+
+
+def _chunked(rows: torch.Tensor, C: int) -> torch.Tensor:
+    """Return rows [n, tokens, heads, channels] as [slots, n, heads, C or tokens, channels]."""
+    C = min(C, rows.shape[1])
+    return rows.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4)
+
+
+def _pieces(x: torch.Tensor, out: torch.Tensor, span: Span) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield rows [n, tokens, all heads, channels] of x, whole chunks or part of one, and their places in a block."""
+    runs, C = span.runs, out.shape[2]
+    n = len(runs.order)
+    slots = out[span.slot : span.slot + span.slots, : span.lanes].unflatten(1, (n, -1))
+    together = [(0, n)] if runs.adjacent else [(i, 1) for i in range(n)]
+    for i, count in together:
+        T, begin = runs.lengths[i], runs.starts[i]
+        tokens = min(span.slots * C, T - span.first)
+        if tokens <= 0:
+            return
+        rows, whole = x[begin : begin + count * T].unflatten(0, (count, T)), tokens // C
+        if whole:
+            yield rows[:, span.first : span.first + whole * C], slots[:whole, i : i + count]
+        if tokens > whole * C:
+            end = span.first + whole * C
+            yield rows[:, end : span.first + tokens], slots[whole : whole + 1, i : i + count, :, : tokens - whole * C]
