@@ -20,6 +20,12 @@ def l2norm(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x / (x * x).sum(-1, keepdim=True).add_(L2NORM_EPSILON).sqrt_()
 
 
+def l2norm_(x: torch.Tensor) -> None:
+    """Do the same in place to rows x [..., K] with stride 1 in `dtype` already; the bits are those of `l2norm`."""
+    squares = (x * x).contiguous()
+    x.div_(squares.sum(-1, keepdim=True).add_(L2NORM_EPSILON).sqrt_())
+
+
 def sigmoid(x: torch.Tensor) -> torch.Tensor:
     """Return 1 / (1 + exp(-x)), with the same bits wherever an element lies.
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from impls.activations import compute_dtype, l2norm, log_decay, write_strength
+from impls.activations import compute_dtype, l2norm_, log_decay, write_strength
 from impls.adjoint_torch import adjoint
 from impls.call import call_activated, call_raw
 from impls.checks import bounds_of, wants_gradient
@@ -42,16 +42,16 @@ def chunk_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     return call(to, q, k, v, g, beta, launch=launch, chunk_size=config.chunk_size, **keywords)
 
 
-def over_chunk(A, X, reads, k_after, total, v, scale, o, S) -> None:
+def over_chunk(A, X, rows, k_after, total, v, scale, o, S) -> None:
     """Take the states S [lanes, K, V] over one chunk, and write scale S^T q into o [lanes, C, V].
 
     A to total: what `within_chunks` returned; v [lanes, C, V], scale [].
     """
     C = v.shape[1]
-    seen = torch.bmm(reads, S)
+    seen = torch.bmm(rows, S)
     delta = torch.bmm(X, v - seen[:, :C])
     torch.mul(torch.baddbmm(seen[:, C:], A, delta), scale, out=o)
-    S.copy_(torch.baddbmm(S.mul_(total.unsqueeze(-1)), k_after, delta))
+    S.copy_(torch.baddbmm(S.mul_(total.unsqueeze(-1)), k_after.mT, delta))
 
 
 @functools.lru_cache(maxsize=256)
@@ -59,8 +59,8 @@ def _compiled(slots: int, lanes: int, C: int, K: int, V: int, dtype: torch.dtype
     """Return `within_chunks` and `over_chunk` for blocks of this shape, compiled for so many threads."""
     R = slots * lanes
     inputs = [torch.zeros(R, C, channels, dtype=dtype) for channels in (K, K, K, 1)]
-    within = compiled(lambda *x: [y.contiguous() for y in within_chunks(*x)], inputs, products=False)
-    shapes = [(lanes, C, C)] * 2 + [(lanes, 2 * C, K), (lanes, K, C), (lanes, K), (lanes, C, V), ()]
+    within = compiled(within_chunks, inputs, products=False)
+    shapes = [(lanes, C, C)] * 2 + [(lanes, 2 * C, K), (lanes, C, K), (lanes, K), (lanes, C, V), ()]
     inputs = [torch.zeros(shape, dtype=dtype) for shape in (*shapes, (lanes, C, V), (lanes, K, V))]
     return within, compiled(over_chunk, inputs, products=dtype == torch.float32)
 
@@ -68,8 +68,9 @@ def _compiled(slots: int, lanes: int, C: int, K: int, V: int, dtype: torch.dtype
 class _Walk:
     """Walk over all runs and heads, block by block."""
 
-    def __init__(self, tokens, activations, o: torch.Tensor, states: States, lanes: int, scale: float, config):
-        self.tokens, self.activations, self.o, self.states, self.config = tokens, activations, o, states, config
+    def __init__(self, tokens, activations, normed: bool, o, states: States, lanes: int, scale: float, config):
+        self.tokens, self.activations, self.normed = tokens, activations, normed
+        self.o, self.states, self.config = o, states, config
         self.dtype, self.scale = states.final.dtype, torch.tensor(scale, dtype=states.final.dtype)
         self.slots, self.lanes, self.S = config.block_tokens // config.chunk_size, lanes, None
         self.within, self.over, self.fixed = within_chunks, over_chunk, config.compile and can_compile()
@@ -87,6 +88,10 @@ class _Walk:
             gather(x, spans, shape, HV, self.dtype, activate)
             for x, activate in zip(self.tokens, self.activations, strict=True)
         )
+        if self.normed:
+            K = self.states.final.shape[2]
+            l2norm_(q[..., :K])
+            l2norm_(k[..., :K])
         o = torch.empty_like(v)
         within = (x.unflatten(0, shape[:2]) for x in self.within(*(x.flatten(0, 1) for x in (q, k, g, beta))))
         chunks = list(zip(*(x.unbind() for x in (*within, v, o)), strict=True))
@@ -105,7 +110,7 @@ class _Walk:
             self.states.give_back(self.S, span.runs, span.heads)
 
 
-def _blockwise(tokens, activations, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch):
+def _blockwise(tokens, activations, normed, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch):
     q, _, v, *_ = tokens
     B, T, HV, _ = v.shape
     config = ChunkTorchConfig(*launch[:3], compile=bool(launch[3]))
@@ -113,22 +118,19 @@ def _blockwise(tokens, activations, initial_state, cu_seqlens, scale, output_fin
     states = States(initial_state, q, v, cu_seqlens, runs, state_interval)
     o = room(v.shape, v.dtype, v.device)
     lanes = min(HV, config.heads) * min(len(runs.order), max(1, config.heads // HV))
-    walk = _Walk([flat(x) for x in tokens], activations, flat(o), states, lanes, scale, config)
+    walk = _Walk([flat(x) for x in tokens], activations, normed, flat(o), states, lanes, scale, config)
     for spans in blocks(runs, HV, config.heads, config.chunk_size, walk.slots):
         walk.block(spans)
     return o, states.final if output_final_state else states.final.new_empty(0), states.kept
 
 
 def _forward(q, k, v, g, beta, *rest):
-    return _blockwise((q, k, v, g, beta), (None,) * 5, *rest)
+    return _blockwise((q, k, v, g, beta), (None,) * 5, False, *rest)
 
 
-def _activations(v, A_log, dt_bias, lower_bound, normed: bool, gate: str, sigmoid: str) -> list[Activation | None]:
+def _activations(v, A_log, dt_bias, lower_bound, gate: str, sigmoid: str) -> list[Activation | None]:
     """Return what to do to q, k, v, g and beta before they come into a block; as the arguments of `chunk_kda` say."""
     HV, dtype = v.shape[2], compute_dtype(v)
-
-    def norm(x, heads):
-        return l2norm(x, dtype)
 
     def decay(x, heads):
         rate = None if A_log is None else A_log.reshape(HV)[heads]
@@ -137,20 +139,19 @@ def _activations(v, A_log, dt_bias, lower_bound, normed: bool, gate: str, sigmoi
     def strength(x, heads):
         return write_strength(x, sigmoid == "twice", dtype)
 
-    norm = norm if normed else None
-    return [norm, norm, None, decay if gate != "none" else None, strength if sigmoid != "none" else None]
+    return [None, None, None, decay if gate != "none" else None, strength if sigmoid != "none" else None]
 
 
 def _forward_raw(
     q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, normed, gate,
     sigmoid, state_v_first, output_final_state, state_interval, launch,
 ):  # fmt: skip
-    activations = _activations(v, A_log, dt_bias, lower_bound, normed, gate, sigmoid)
+    activations = _activations(v, A_log, dt_bias, lower_bound, gate, sigmoid)
     if state_v_first and initial_state is not None:
         initial_state = initial_state.transpose(-1, -2)
     packing = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
     tokens, asked = (q, k, v, g, beta), (scale, output_final_state, state_interval, launch)
-    o, S, h = _blockwise(tokens, activations, initial_state, packing, *asked)
+    o, S, h = _blockwise(tokens, activations, normed, initial_state, packing, *asked)
     if state_v_first:
         S, h = (x.transpose(-1, -2).contiguous() if x.ndim > 1 else x for x in (S, h))
     return o, S, h

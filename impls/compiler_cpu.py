@@ -54,14 +54,17 @@ def compiled(function: Callable, inputs: Sequence[torch.Tensor], products: bool)
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with torch.inference_mode(False), torch.no_grad(), _template() if products else contextlib.nullcontext({}) as options:
-        graph = make_fx(function, decomposition_table={torch.ops.aten.baddbmm.default: _baddbmm})(*inputs)
+        graph = make_fx(function, decomposition_table=_DECOMPOSITIONS)(*inputs)
         patches = {"config_patches": options}
         return standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs", options=patches)
 
 
 def _baddbmm(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return x + a b: the template knows products, and what is elementwise is fused into it."""
-    return x + torch.bmm(a, b)
+    """Return x + a b: the template knows products of contiguous rows, and what is elementwise is fused into it."""
+    return x + torch.bmm(a.contiguous(), b)
+
+
+_DECOMPOSITIONS = {torch.ops.aten.baddbmm.default: _baddbmm}
 
 
 @contextlib.contextmanager

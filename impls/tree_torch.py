@@ -25,8 +25,8 @@ GROUP = 8
 def within_chunks(q, k, g, beta) -> tuple[torch.Tensor, ...]:
     """Return all of chunks that needs no state, for q, k, g [R, C, K] and beta [R, C, 1] of R chunks.
 
-    A, X diag(beta) [R, C, C], the rows k before and q before [R, 2C, K], k after transposed [R, K, C] and the decay of
-    the whole chunk [R, K].
+    A, X diag(beta) [R, C, C], the rows k before and q before [R, 2C, K], k after [R, C, K] and the decay of the whole
+    chunk [R, K].
     """
     (_, C, K), beta = q.shape, beta.squeeze(-1)
     q, k, g = (x.reshape(-1, GROUP, K) for x in (q, k, g))
@@ -43,7 +43,7 @@ def within_chunks(q, k, g, beta) -> tuple[torch.Tensor, ...]:
         s *= 2
     A, X = _joined(A, L, beta, corners)
     q, k = q.view(-1, C, K), k.view(-1, C, K)
-    return A, X * beta.unsqueeze(1), torch.cat([k * before, q * before], 1), (k * after).mT, total
+    return A, X * beta.unsqueeze(1), torch.cat([k * before, q * before], 1), k * after, total
 
 
 def group_products(q, k, alpha) -> tuple[torch.Tensor, torch.Tensor]:
