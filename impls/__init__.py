@@ -1,6 +1,6 @@
 """Implementations of Kimi Delta Attention: the public ops, and the table of what can be chosen by name."""
 
-from impls.configs import ChunkTorchConfig, ChunkTritonConfig, RecurrentTritonConfig
+from impls.configs import ChunkTorchConfig, ChunkTritonConfig, RecurrentTorchConfig, RecurrentTritonConfig
 from impls.contracts import PrecisionContract, unit_roundoff
 from impls.ops import chunk_kda, fused_recurrent_kda, kda
 from impls.table import IMPLEMENTATIONS, Impl, chosen, find
@@ -11,6 +11,7 @@ __all__ = [
     "ChunkTritonConfig",
     "Impl",
     "PrecisionContract",
+    "RecurrentTorchConfig",
     "RecurrentTritonConfig",
     "chosen",
     "chunk_kda",

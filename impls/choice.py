@@ -4,7 +4,7 @@ import os
 from dataclasses import asdict, astuple
 from functools import lru_cache
 
-from impls.configs import ChunkTorchConfig, ChunkTritonConfig, RecurrentTritonConfig, invalid
+from impls.configs import ChunkTorchConfig, ChunkTritonConfig, RecurrentTorchConfig, RecurrentTritonConfig, invalid
 from impls.defaults import CHUNK, default_chunk, default_recurrent
 from impls.footprint import misfit
 from impls.targets import Target
@@ -20,6 +20,15 @@ def chunk_torch_config(config: ChunkTorchConfig | None, chunk_size: int | None) 
         given = {} if chunk_size is None else {"chunk_size": chunk_size}
         config = ChunkTorchConfig(compile=_compile_wanted(), **given)
     return _accepted(config, ChunkTorchConfig, "chunk_torch", chunk_size)
+
+
+def recurrent_torch_config(config: RecurrentTorchConfig | None, chunk_size: int | None) -> RecurrentTorchConfig:
+    """Return the configuration to run; as `chunk_torch_config`."""
+    if chunk_size is not None:
+        raise ValueError(f"chunk_size must be None for recurrent_torch, which has no chunks, got {chunk_size}")
+    if config is None:
+        return RecurrentTorchConfig(compile=_compile_wanted())
+    return _accepted(config, RecurrentTorchConfig, "recurrent_torch")
 
 
 def chunk_triton_launch(config: ChunkTritonConfig | None, chunk_size: int | None) -> tuple[int, ...]:

@@ -51,7 +51,7 @@ def over_chunk(A, X, rows, k_after, total, v, scale, o, S) -> None:
     seen = torch.bmm(rows, S)
     delta = torch.bmm(X, v - seen[:, :C])
     torch.mul(torch.baddbmm(seen[:, C:], A, delta), scale, out=o)
-    S.copy_(torch.baddbmm(S.mul_(total.unsqueeze(-1)), k_after.mT, delta))
+    S.mul_(total.unsqueeze(-1)).baddbmm_(k_after.mT, delta)
 
 
 @functools.lru_cache(maxsize=256)
@@ -110,7 +110,9 @@ class _Walk:
             self.states.give_back(self.S, span.runs, span.heads)
 
 
-def _blockwise(tokens, activations, normed, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch):
+def _blockwise(
+    tokens, activations, normed, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch
+):
     q, _, v, *_ = tokens
     B, T, HV, _ = v.shape
     config = ChunkTorchConfig(*launch[:3], compile=bool(launch[3]))

@@ -1,13 +1,14 @@
 """Compile functions of fixed shapes for the CPU: torch's Inductor without dynamo, so nothing is guarded or recompiled.
 
-Where matrix products decide, Inductor's own template multiplies instead of the library: on AMD's CPUs the library keeps
-to AVX2, 180 GFLOP/s on two cores for [16, 64, 128] @ [16, 128, 128] in float32, where AVX-512 allows 490. The template's
-tiles of 8 x 32 sums reach 141, because gcc 12 writes every sum back to memory at every step: more than 12 registers in
-an array are too many for it. In tiles of 6 x 32 it is 423.
+Where matrix products decide, Inductor's own template multiplies instead of the library. On AMD's CPUs the library keeps
+to AVX2: 180 GFLOP/s on two cores for [16, 64, 128] @ [16, 128, 128] in float32, of 490 that AVX-512 allows. The
+template reaches 141 in its tiles of 8 x 32 sums, because gcc 12 writes an array of more than 12 registers back to
+memory at every step, and 423 in tiles of 6 x 32.
 """
 
 import contextlib
 import functools
+import importlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -53,10 +54,11 @@ def compiled(function: Callable, inputs: Sequence[torch.Tensor], products: bool)
     from torch._inductor import standalone_compile
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with torch.inference_mode(False), torch.no_grad(), _template() if products else contextlib.nullcontext({}) as options:
+    with torch.inference_mode(False), torch.no_grad():
         graph = make_fx(function, decomposition_table=_DECOMPOSITIONS)(*inputs)
-        patches = {"config_patches": options}
-        return standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs", options=patches)
+        with _template() if products else contextlib.nullcontext({}) as patches:
+            options = {"config_patches": patches}
+            return standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs", options=options)
 
 
 def _baddbmm(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -64,13 +66,16 @@ def _baddbmm(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return x + torch.bmm(a.contiguous(), b)
 
 
-_DECOMPOSITIONS = {torch.ops.aten.baddbmm.default: _baddbmm}
+_DECOMPOSITIONS = {
+    torch.ops.aten.baddbmm.default: _baddbmm,
+    torch.ops.aten.baddbmm_.default: lambda x, a, b: x.copy_(_baddbmm(x, a, b)),
+}
 
 
 @contextlib.contextmanager
 def _template() -> Iterator[dict[str, object]]:
     """Yield what makes Inductor multiply in its template, in our tiles; nothing where that is not for AVX-512."""
-    import torch._inductor.lowering  # noqa: F401  first, or the next import is circular
+    importlib.import_module("torch._inductor.lowering")  # or the next import is circular
     from torch._inductor.codegen import cpp_micro_gemm as template
     from torch._inductor.cpu_vec_isa import VecAVX512, pick_vec_isa
 

@@ -7,16 +7,13 @@ product [R, M, K] @ [R, K, V] gives the same bits for every batch count and orde
 (0 of 40,000 random cases differ, float32 and float64, one and two threads), but not for other sizes (5% differ).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 CHANNEL_MULTIPLE = 16
-
-Activation = Callable[[torch.Tensor, slice], torch.Tensor]
-"""Turn raw rows [n, tokens, heads, channels] of some value heads into what the recurrence takes, in the same shape."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +99,12 @@ def _pieces(
         yield x[begin:end].unsqueeze(0), block[i : i + 1, : end - begin]
 
 
-def _gather(block, x, runs: Runs, first: int, heads: slice, HV: int, activate: Activation | None = None) -> None:
+def _gather(block, x, runs: Runs, first: int, heads: slice, HV: int) -> None:
     ratio, columns = HV // x.shape[1], heads
     if ratio > 1:
         columns = torch.arange(heads.start, heads.stop, device=x.device) // ratio
     for tokens, place in _pieces(x, block[..., : x.shape[-1]], runs, first):
-        rows = tokens[:, :, columns]
-        place.copy_(rows if activate is None else activate(rows, heads))
+        place.copy_(tokens[:, :, columns])
 
 
 def _channels(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -128,19 +124,6 @@ def by_token(x: torch.Tensor, runs: Runs, first: int, L: int, heads: slice, HV: 
         return tokens.to(dtype, copy=True, memory_format=torch.contiguous_format)
     block = x.new_zeros((L, runs.running(first), heads.stop - heads.start, channels), dtype=dtype)
     _gather(block.transpose(0, 1), x, runs, first, heads, HV)
-    return block
-
-
-def by_head(
-    x: torch.Tensor, runs: Runs, first: int, L: int, heads: slice, HV: int, dtype, activate: Activation | None = None
-) -> torch.Tensor:
-    """Return the block as [n, heads, L, channels'], for products over tokens; activated, but for what is missing."""
-    x, channels = _channels(x)
-    n = runs.running(first)
-    block = x.new_empty((n, heads.stop - heads.start, L, channels), dtype=dtype)
-    if channels > x.shape[-1] or any(length < first + L for length in runs.lengths[:n]):
-        block.zero_()
-    _gather(block.transpose(1, 2), x, runs, first, heads, HV, activate)
     return block
 
 

@@ -13,6 +13,7 @@ from impls.configs import (
     TRITON_CHUNK_SIZES,
     ChunkTorchConfig,
     ChunkTritonConfig,
+    RecurrentTorchConfig,
     RecurrentTritonConfig,
 )
 from impls.contracts import BITWISE_CLAIMS, PrecisionContract, at_least_float32, narrow_operands
@@ -149,7 +150,7 @@ IMPLEMENTATIONS: tuple[Impl, ...] = (
     ),
     Impl(
         name="recurrent_torch",
-        summary="token by token in torch; the decode step; cuda not measured",
+        summary="token by token in torch; the decode step; eager or compiled; cuda not measured",
         form="recurrent",
         load=_recurrent_torch,
         contract=partial(at_least_float32, bitwise=BITWISE_CLAIMS),
@@ -157,6 +158,7 @@ IMPLEMENTATIONS: tuple[Impl, ...] = (
         dtypes=_FLOATS,
         backward=True,
         chunk_sizes=None,
+        config=RecurrentTorchConfig,
     ),
     Impl(
         name="chunk_torch",

@@ -144,7 +144,7 @@ BAD = [
         ValueError,
         "chunk_size must be None for recurrent_torch",
     ),
-    (kda, good(implementation="recurrent_torch", config=ChunkTorchConfig()), TypeError, "config must be None"),
+    (kda, good(implementation="recurrent_torch", config=ChunkTorchConfig()), TypeError, "a RecurrentTorchConfig"),
     (CHUNKED, good(config="fast"), TypeError, "config must be a ChunkTorchConfig for chunk_torch, got 'fast'"),
     (CHUNKED, good(config=ChunkTorchConfig(16), chunk_size=32), ValueError, "config.chunk_size = 16, got 32"),
     (CHUNKED, good(config=ChunkTorchConfig(heads=0)), ValueError, "heads must be at least 1, got 0"),

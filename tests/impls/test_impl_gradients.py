@@ -254,7 +254,7 @@ def test_only_inputs_that_want_a_gradient_get_one_and_no_tokens_are_no_trouble(d
     assert q.grad is None and v.grad.shape == v.shape and torch.equal(S0.grad, torch.full_like(S0, 3))
 
 
-OPS = [("recurrent_torch", recurrent_torch.op, ()), ("chunk_torch", chunk_torch.op, (16, 32, 4, 0))]
+OPS = [("recurrent_torch", recurrent_torch.op, (0,)), ("chunk_torch", chunk_torch.op, (16, 32, 4, 0))]
 
 
 @pytest.mark.parametrize("name, op, launch", OPS, ids=NAMES)

@@ -36,7 +36,7 @@ def backward(inputs, S0):
 
 @pytest.mark.parametrize(
     "run",
-    [forward(recurrent_torch._forward, ()), forward(chunk_torch._forward, (64, 256, 16, 0)), backward],
+    [forward(recurrent_torch._forward, (0,)), forward(chunk_torch._forward, (64, 256, 16, 0)), backward],
     ids=["recurrent_torch", "chunk_torch", "adjoint_torch"],
 )
 @pytest.mark.parametrize("H", [1, 4])
