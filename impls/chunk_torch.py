@@ -93,7 +93,8 @@ class _Walk:
             l2norm_(q[..., :K])
             l2norm_(k[..., :K])
         o = torch.empty_like(v)
-        within = (x.unflatten(0, shape[:2]) for x in self.within(*(x.flatten(0, 1) for x in (q, k, g, beta))))
+        within = self.within(*(x.view(-1, *x.shape[2:]) for x in (q, k, g, beta)))
+        within = (x.view(*shape[:2], *x.shape[1:]) for x in within)
         chunks = list(zip(*(x.unbind() for x in (*within, v, o)), strict=True))
         for span in spans:
             self.walk(span, chunks[span.slot : span.slot + span.slots])

@@ -57,7 +57,7 @@ def compiled(function: Callable, inputs: Sequence[torch.Tensor], products: bool)
     with torch.inference_mode(False), torch.no_grad():
         graph = make_fx(function, decomposition_table=_DECOMPOSITIONS)(*inputs)
         with _template() if products else contextlib.nullcontext({}) as patches:
-            options = {"config_patches": patches}
+            options = {"config_patches": patches | {"cpp_wrapper": True}}  # 40 us less of 550 a block than in Python
             return standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs", options=options)
 
 

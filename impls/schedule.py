@@ -95,22 +95,24 @@ def _columns(heads: slice, ratio: int, device) -> slice | torch.Tensor:
 
 def _chunked(rows: torch.Tensor, C: int) -> torch.Tensor:
     """Return rows [n, tokens, heads, channels] as [slots, n, heads, C or tokens, channels]."""
-    C = min(C, rows.shape[1])
-    return rows.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4)
+    n, tokens, heads, channels = rows.shape
+    C = min(C, tokens)
+    return rows.view(n, tokens // C, C, heads, channels).permute(1, 0, 3, 2, 4)
 
 
 def _pieces(x: torch.Tensor, out: torch.Tensor, span: Span) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield rows [n, tokens, all heads, channels] of x, whole chunks or part of one, and their places in a block."""
     runs, C = span.runs, out.shape[2]
     n = len(runs.order)
-    slots = out[span.slot : span.slot + span.slots, : span.lanes].unflatten(1, (n, -1))
+    slots = out[span.slot : span.slot + span.slots, : span.lanes]
+    slots = slots.view(span.slots, n, span.lanes // n, *out.shape[2:])
     together = [(0, n)] if runs.adjacent else [(i, 1) for i in range(n)]
     for i, count in together:
         T, begin = runs.lengths[i], runs.starts[i]
         tokens = min(span.slots * C, T - span.first)
         if tokens <= 0:
             return
-        rows, whole = x[begin : begin + count * T].unflatten(0, (count, T)), tokens // C
+        rows, whole = x[begin : begin + count * T].view(count, T, *x.shape[1:]), tokens // C
         if whole:
             yield rows[:, span.first : span.first + whole * C], slots[:whole, i : i + count]
         if tokens > whole * C:

@@ -1,0 +1,178 @@
+"""Time prefill and decode on a CPU against everybody else's, in common rounds; `make bench` measures.
+
+pytest-benchmark times ours; what is compared runs in the setup of each of its rounds, in the same process, and ratios
+are taken within a round. Without --benchmark-enable each case runs once, in the slow tier.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from cases_cpu import CASES, Case, draw
+from limits_cpu import measured, seconds
+from peers_cpu import load, one_by_one
+
+from autotune.timing import Spread, ratio
+from impls import ChunkTorchConfig, RecurrentTorchConfig, kda
+from kda_spec import costs
+
+pytestmark = pytest.mark.slow
+
+CONFIGS = {"chunk_torch": ChunkTorchConfig(compile=True), "recurrent_torch": RecurrentTorchConfig(compile=True)}
+EAGER = {"chunk_torch": ChunkTorchConfig(), "recurrent_torch": RecurrentTorchConfig()}
+SLOW_SECONDS = 2.0
+"""An entrant that takes longer than this runs in the first rounds only."""
+LEAST_ROUNDS = 3
+
+
+def ours(case: Case, name: str, config):
+    tokens, keywords = draw(case)
+    if case.bounds:
+        keywords["cu_seqlens"] = torch.tensor(case.bounds)
+    return partial(kda, *tokens, implementation=name, config=config, output_final_state=True, **keywords)
+
+
+def entrants(case: Case):
+    """Yield who runs beside ours: ours uncompiled, ours token by token, and the peers that are installed."""
+    name = "recurrent_torch" if case.T == 1 else "chunk_torch"
+    yield f"{name}, uncompiled", ours(case, name, EAGER[name])
+    if case.T > 1:
+        yield "recurrent_torch", ours(case, "recurrent_torch", CONFIGS["recurrent_torch"])
+    tokens, keywords = draw(case)
+    for peer in (case.peer, *case.others):
+        if (function := load(peer)) is not None:
+            function = one_by_one(function, case.bounds) if case.bounds else function
+            yield peer, partial(function, *tokens, **keywords)
+
+
+def shares(case: Case, median_ms: float, machine: dict) -> dict[str, float | None]:
+    """Return how much of the machine's rate of products and of its bandwidth the op uses."""
+    moved = costs.minimal_bytes(case.sizes, case.dtype, initial_state=case.state, final_state=True)
+    flops = costs.tree_chunk_flops(case.sizes, CONFIGS["chunk_torch"].chunk_size, case.lengths).matmul
+    rate, best = flops / median_ms * 1e3, machine["library_flops_per_second"]
+    return {
+        "share_of_products": None if case.T == 1 else rate / best,
+        "share_of_copy": moved / median_ms * 1e3 / machine["copy_bytes_per_second"],
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(benchmark, found, threads, case):
+    name = "recurrent_torch" if case.T == 1 else "chunk_torch"
+    call, others = ours(case, name, CONFIGS[name]), dict(entrants(case))
+    samples = {other: {} for other in others}
+    with torch.no_grad():
+        _, expected = call()
+        for run in others.values():
+            state = run()[1].float()  # of all sequences, or of the last packed one
+            torch.testing.assert_close(state, expected[-len(state) :], atol=2e-2, rtol=0)
+        turn = iter(range(10**6))
+
+        def round_of_the_others():
+            number = next(turn)
+            for other, run in others.items():
+                if number < LEAST_ROUNDS or samples[other][0] < SLOW_SECONDS * 1e3:
+                    samples[other][number] = seconds(run) * 1e3
+
+        if benchmark.disabled:
+            return
+        benchmark.pedantic(call, setup=round_of_the_others, rounds=case.rounds, iterations=1)
+    mine = dict(enumerate(x * 1e3 for x in benchmark.stats.stats.data))
+    machine = found.setdefault("machine", measured())
+    spread = Spread.of(list(mine.values()))
+    found["cases"].append(
+        {
+            "name": case.name,
+            "shape": {"B": case.B, "T": case.T, "H": case.H, "K": 128, "V": 128, "lengths": case.lengths},
+            "dtype": case.dtype,
+            "peer": case.peer,
+            "asked": case.asked,
+            "ms": {"ours": spread.to_json()} | {x: Spread.of(list(y.values())).to_json() for x, y in samples.items()},
+            "ratios": {x: ratio(y, mine).to_json() for x, y in samples.items()},
+            **shares(case, spread.median, machine),
+        }
+    )
+
+
+def test_time_grows_linearly(found, threads):
+    """T = 65,536 against 16 times T = 4,096, in common rounds."""
+    cases = [Case("", 1, T, 16, "", 0) for T in (4096, 65536)]
+    short, long = (ours(case, "chunk_torch", CONFIGS["chunk_torch"]) for case in cases)
+    with torch.no_grad():
+        short()
+        pairs = [(seconds(short), seconds(long), seconds(short)) for _ in range(3)]
+    growth = Spread.of([2 * long / (before + after) for before, long, after in pairs])
+    found["growth"] = {"T=65536 over T=4096": growth.median, "least": growth.least, "most": growth.most}
+
+
+MEMORY = """
+import json, sys, torch
+from test_bench_cpu import CONFIGS, Case, ours, peak_kilobytes
+extra = {}
+with torch.no_grad():
+    for T in (4096, 65536):
+        call = ours(Case("", 1, T, 16, "", 0), "chunk_torch", CONFIGS["chunk_torch"])
+        if T == 4096:
+            call()
+        extra[T] = peak_kilobytes(call) / 1024
+print(json.dumps(extra))
+"""
+
+
+def peak_kilobytes(call) -> float:
+    """Return how much more memory a process has at most during a call than before and for what the call returns."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = status("VmRSS")
+    outputs = call()
+    return status("VmHWM") - before - sum(x.nbytes for x in outputs) / 1024
+
+
+def status(name: str) -> int:
+    """Return a line of what Linux says of this process, in kilobytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def child(script: str, **environment: str) -> dict:
+    """Run a script in a process of its own and return the JSON that it prints last."""
+    paths = os.pathsep.join([os.path.dirname(__file__), os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_memory_beside_inputs_and_outputs(found, threads):
+    extra = child(MEMORY)
+    found["memory"] = {f"MiB at T={T}": x for T, x in extra.items()}
+
+
+COMPILING = """
+import json, time, torch
+from test_bench_cpu import CONFIGS, Case, ours
+def timed(call):
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+call = ours(Case("", 1, 256, 16, "", 0), "chunk_torch", CONFIGS["chunk_torch"])
+decode = ours(Case("", 1, 1, 16, "", 0), "recurrent_torch", CONFIGS["recurrent_torch"])
+with torch.no_grad():
+    calls = {"torch's own": lambda: torch.compile(lambda x: x + 1)(torch.ones(3)), "chunk": call, "decode": decode}
+    print(json.dumps({name: timed(call) for name, call in calls.items()}))
+"""
+
+
+def test_compiling(found, threads, tmp_path):
+    """The first call of a process, with nothing in Inductor's cache and with everything."""
+    for kind in ("cold", "warm"):
+        seconds_of = child(COMPILING, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+        found.setdefault("compiling", {}).update({f"{name} {kind} s": x for name, x in seconds_of.items()})
