@@ -125,9 +125,9 @@ def _decode(inputs, S0: torch.Tensor, S: torch.Tensor, scale: float, take: Step)
     for x in inputs:
         if x.shape[2] != HV:
             x = x.repeat_interleave(HV // x.shape[2], 2)
-        # products of the library round by alignment, so theirs are copied, whatever the caller's layout
-        x = x.to(S.dtype, copy=take is step, memory_format=torch.contiguous_format)
-        rows.append(x.reshape(M, 1, -1))
+        if take is step:  # the library rounds by alignment: a copy, whatever the caller's layout
+            x = x.to(S.dtype, copy=True, memory_format=torch.contiguous_format)
+        rows.append(x.to(S.dtype).contiguous().view(M, 1, -1))
     q, k, v, g, beta = rows
     size, out = _group_size(S), torch.empty_like(v)
     whole = (S0, S, q, k, v, g.exp().mT, beta, out)

@@ -1,0 +1,125 @@
+"""Compiled blocks and steps: one compilation whatever the call, the claims kept bit for bit, any number of threads."""
+
+import pytest
+import torch
+
+from impls import ChunkTorchConfig, RecurrentTorchConfig, chunk_torch, kda, recurrent_torch
+
+K, V = 16, 32
+COMPILED = {
+    "chunk_torch": ChunkTorchConfig(chunk_size=16, block_tokens=32, heads=4, compile=True),
+    "recurrent_torch": RecurrentTorchConfig(compile=True),
+}
+UNCOMPILED = {
+    "chunk_torch": ChunkTorchConfig(chunk_size=16, block_tokens=32, heads=4),
+    "recurrent_torch": RecurrentTorchConfig(),
+}
+CACHES = {"chunk_torch": chunk_torch._compiled, "recurrent_torch": recurrent_torch._compiled_steps}
+NAMES = list(COMPILED)
+# B, T, H, HV: fewer and more pairs than a block has lanes, ragged chunks, one token.
+SHAPES = [(1, 37, 2, 2), (3, 70, 1, 2), (2, 1, 1, 5), (1, 33, 7, 7), (5, 16, 1, 1)]
+
+
+def run(name, inputs, configs=COMPILED, **keywords):
+    return kda(*inputs, implementation=name, config=configs[name], output_final_state=True, **keywords)
+
+
+def assert_same(found, expected):
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_compiled_and_uncompiled_agree_within_rounding(draw, draw_state, name, dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    bound = {torch.float64: 1e-14, torch.float32: 4e-6}.get(dtype, 2 * torch.finfo(dtype).eps)
+    for B, T, H, HV in SHAPES:
+        inputs, S0 = draw(B, T, H, HV, K, V, dtype, resets=True), draw_state(B, HV, K, V, wide)
+        found, expected = (run(name, inputs, which, initial_state=S0) for which in (COMPILED, UNCOMPILED))
+        for x, y in zip(found, expected, strict=True):
+            assert x.dtype == y.dtype and (x - y).abs().max() <= bound * y.abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_compiled_again_for_another_call(draw, draw_state, name):
+    run(name, draw(*SHAPES[0], K, V))
+    compiled = CACHES[name].cache_info().misses
+    for B, T, H, HV in SHAPES:
+        inputs, packing = draw(B, T, H, HV, K, V), torch.tensor([0, T // 2, T])
+        run(name, inputs, initial_state=draw_state(B, HV, K, V))
+        run(name, [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs])
+        run(name, [x[:1] for x in inputs], cu_seqlens=packing, use_qk_l2norm_in_kernel=True)
+        run(name, [x.clone().requires_grad_() for x in inputs])[0].sum().backward()
+        with torch.inference_mode():
+            run(name, inputs, scale=0.3)
+    assert CACHES[name].cache_info().misses == compiled
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sequences_bits_depend_on_nothing_but_its_own_past(draw, draw_state, name, threads):
+    for B, T, H, HV in SHAPES:
+        inputs, S0 = draw(B, T, H, HV, K, V, resets=True), draw_state(B, HV, K, V)
+        o, S = run(name, inputs, initial_state=S0)
+        assert_same(run(name, inputs, initial_state=S0), (o, S))
+        alone = run(name, [x[-1:] for x in inputs], initial_state=S0[-1:])
+        assert_same(alone, (o[-1:], S[-1:]))
+        packed, bounds = [x.flatten(0, 1).unsqueeze(0) for x in inputs], torch.arange(B + 1) * T
+        assert_same(run(name, packed, initial_state=S0, cu_seqlens=bounds), (o.flatten(0, 1).unsqueeze(0), S))
+        t, other = T // 2, draw(B, T, H, HV, K, V, seed=7)
+        assert torch.equal(run(name, [x[:, :t] for x in inputs], initial_state=S0)[0], o[:, :t])
+        changed = [torch.cat([x[:, :t], y[:, t:]], 1) for x, y in zip(inputs, other, strict=True)]
+        assert torch.equal(run(name, changed, initial_state=S0)[0][:, :t], o[:, :t])
+        strided = [torch.stack([x, x], -1)[..., 0] for x in inputs]
+        assert_same(run(name, strided, initial_state=S0.mT.contiguous().mT), (o, S))
+
+
+@pytest.mark.parametrize("which", [COMPILED, UNCOMPILED], ids=["compiled", "uncompiled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_threads_change_no_number_beyond_rounding(draw, name, which):
+    inputs, before, found = draw(2, 70, 3, 3, K, V, resets=True), torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(run(name, inputs, which))
+    finally:
+        torch.set_num_threads(before)
+    for x, y in zip(*found, strict=True):
+        assert (x - y).abs().max() <= 2e-6 * y.abs().max()
+
+
+def test_a_compiled_step_cut_anywhere_is_bit_equal(draw, draw_state):
+    inputs, S0 = draw(2, 9, 3, 3, K, V, resets=True), draw_state(2, 3, K, V)
+    o, S = run("recurrent_torch", inputs, initial_state=S0)
+    for t in (1, 4, 8):
+        first, between = run("recurrent_torch", [x[:, :t] for x in inputs], initial_state=S0)
+        second, last = run("recurrent_torch", [x[:, t:] for x in inputs], initial_state=between)
+        assert_same((torch.cat([first, second], 1), last), (o, S))
+
+
+def test_neighbours_content_does_not_matter_not_even_nan(draw, draw_state):
+    for name in NAMES:
+        inputs, S0 = draw(3, 37, 1, 2, K, V), draw_state(3, 2, K, V)
+        o, S = run(name, inputs, initial_state=S0)
+        poisoned = [x.clone() for x in inputs]
+        for x in poisoned:
+            x[1] = torch.nan
+        found_o, found_S = run(name, poisoned, initial_state=S0)
+        assert_same((found_o[[0, 2]], found_S[[0, 2]]), (o[[0, 2]], S[[0, 2]]))
+
+
+def test_long_short_and_empty_sequences_share_blocks(draw, draw_state):
+    bounds = torch.tensor([0, 0, 1, 50, 50, 53, 90, 123, 124])
+    inputs, S0 = draw(1, 124, 3, 6, K, V, resets=True), draw_state(8, 6, K, V)
+    for configs in (COMPILED, UNCOMPILED):
+        o, S = run("chunk_torch", inputs, configs, cu_seqlens=bounds, initial_state=S0)
+        for n, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            alone = run("chunk_torch", [x[:, first:last] for x in inputs], configs, initial_state=S0[n : n + 1])
+            assert_same(alone, (o[:, first:last], S[n : n + 1]))
