@@ -39,8 +39,8 @@ test-all: $(TEST) ## like test, with the slow tier
 	$(BIN)/ruff check .
 	$(PYTEST) -n 2 --dist loadfile -m "" $(ARGS)
 
-bench: $(TEST) ## time the operations with pytest-benchmark
-	$(PYTEST) tests/benchmarks -m "" --benchmark-enable --benchmark-only $(ARGS)
+bench: $(TEST) ## time the operations on this CPU, beside the peers that are installed; a JSON under results/
+	$(BIN)/python -m pytest tests/benchmarks -m "" --benchmark-enable --results results $(ARGS)
 
 peers: $(PEERS) ## install other people's implementations next to ours
 	@echo "== peers are installed in $(VENV)"
