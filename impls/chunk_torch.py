@@ -103,6 +103,7 @@ class _Walk:
     def walk(self, span: Span, chunks: Sequence[tuple[torch.Tensor, ...]]) -> None:
         """Walk over the chunks of a span."""
         if span.first == 0:
+            self.states.fill_some(span.runs, span.heads)
             self.S = self.states.borrow(span.runs, span.heads, self.lanes)
         for i, (*within, v, o) in enumerate(chunks):
             self.states.keep(self.S, span.runs, span.first + i * self.config.chunk_size, span.heads)
@@ -118,7 +119,8 @@ def _blockwise(
     B, T, HV, _ = v.shape
     config = ChunkTorchConfig(*launch[:3], compile=bool(launch[3]))
     runs = runs_of(B, T, bounds_of(cu_seqlens, T))
-    states = States(initial_state, q, v, cu_seqlens, runs, state_interval)
+    states = States(initial_state, q, v, cu_seqlens, runs, state_interval, filled=False)
+    states.fill_some(runs.part(slice(runs.running(0), None)), slice(0, HV))  # those without a token
     o = room(v.shape, v.dtype, v.device)
     lanes = min(HV, config.heads) * min(len(runs.order), max(1, config.heads // HV))
     walk = _Walk([flat(x) for x in tokens], activations, normed, flat(o), states, lanes, scale, config)

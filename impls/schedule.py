@@ -25,12 +25,22 @@ class Span:
     """The first token, in every run."""
     slot: int
     slots: int
+    chunk: int
+    """C, the tokens of a slot."""
     last: bool
 
     @property
     def lanes(self) -> int:
         """Return how many lanes are taken: runs times heads."""
         return len(self.runs.order) * (self.heads.stop - self.heads.start)
+
+    def together(self) -> Iterator[tuple[slice, int]]:
+        """Yield lanes whose tokens can be copied at once, and how many tokens they have here, at most 0 at the end."""
+        runs, width = self.runs, self.heads.stop - self.heads.start
+        count = len(runs.order) if runs.adjacent else 1
+        for i in range(0, len(runs.order), count):
+            tokens = min(self.slots * self.chunk, runs.lengths[i] - self.first)
+            yield slice(i * width, (i + count) * width), tokens
 
 
 def blocks(runs: Runs, HV: int, pairs: int, C: int, slots: int) -> Iterator[list[Span]]:
@@ -43,7 +53,7 @@ def blocks(runs: Runs, HV: int, pairs: int, C: int, slots: int) -> Iterator[list
         part, first = runs.part(some), 0
         while first < part.longest:
             left = -(-(part.longest - first) // C)
-            span = Span(part, heads, first, taken, min(left, slots - taken), left <= slots - taken)
+            span = Span(part, heads, first, taken, min(left, slots - taken), C, left <= slots - taken)
             block.append(span)
             first, taken = first + span.slots * C, taken + span.slots
             if taken == slots:
@@ -62,9 +72,11 @@ def gather(
     h // (HV // H). shape: slots, lanes and C.
     """
     x, channels = (x.unsqueeze(-1), 1) if x.ndim == 2 else (x, padded(x.shape[-1]))
-    size = (*shape, channels)
-    full = channels == x.shape[-1] and _full(block, shape)
-    out = x.new_empty(size, dtype=dtype) if full else x.new_zeros(size, dtype=dtype)
+    out = x.new_empty((*shape, channels), dtype=dtype)
+    if channels > x.shape[-1]:
+        out.zero_()
+    else:
+        _clear_missing(out, block)
     for span in block:
         columns = _columns(span.heads, HV // x.shape[1], x.device)
         for rows, place in _pieces(x, out[..., : x.shape[-1]], span):
@@ -81,12 +93,20 @@ def scatter(x: torch.Tensor, out: torch.Tensor, block: Sequence[Span]) -> None:
             _chunked(rows[:, :, span.heads], out.shape[2]).copy_(place)
 
 
-def _full(block: Sequence[Span], shape: tuple[int, int, int]) -> bool:
-    """Tell whether every token of every slot and lane is one of a run."""
-    slots, lanes, C = shape
-    return sum(span.slots for span in block) == slots and all(
-        span.lanes == lanes and span.runs.lengths[-1] >= span.first + span.slots * C for span in block
-    )
+def _clear_missing(out: torch.Tensor, block: Sequence[Span]) -> None:
+    """Zero the tokens, lanes and slots of a block that no run has."""
+    C, end = out.shape[2], block[-1].slot + block[-1].slots
+    if end < len(out):
+        out[end:].zero_()
+    for span in block:
+        slots = out[span.slot : span.slot + span.slots]
+        if span.lanes < out.shape[1]:
+            slots[:, span.lanes :].zero_()
+        for lanes, tokens in span.together():
+            if tokens < span.slots * C:
+                whole, rest = divmod(max(tokens, 0), C)
+                slots[whole, lanes, rest:].zero_()
+                slots[whole + 1 :, lanes].zero_()
 
 
 def _columns(heads: slice, ratio: int, device) -> slice | torch.Tensor:
@@ -102,19 +122,17 @@ def _chunked(rows: torch.Tensor, C: int) -> torch.Tensor:
 
 def _pieces(x: torch.Tensor, out: torch.Tensor, span: Span) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield rows [n, tokens, all heads, channels] of x, whole chunks or part of one, and their places in a block."""
-    runs, C = span.runs, out.shape[2]
-    n = len(runs.order)
-    slots = out[span.slot : span.slot + span.slots, : span.lanes]
-    slots = slots.view(span.slots, n, span.lanes // n, *out.shape[2:])
-    together = [(0, n)] if runs.adjacent else [(i, 1) for i in range(n)]
-    for i, count in together:
-        T, begin = runs.lengths[i], runs.starts[i]
-        tokens = min(span.slots * C, T - span.first)
+    runs, C, width = span.runs, out.shape[2], span.heads.stop - span.heads.start
+    for lanes, tokens in span.together():
         if tokens <= 0:
             return
-        rows, whole = x[begin : begin + count * T].view(count, T, *x.shape[1:]), tokens // C
+        count, i = (lanes.stop - lanes.start) // width, lanes.start // width
+        T, begin, whole = runs.lengths[i], runs.starts[i], tokens // C
+        rows = x[begin : begin + count * T].view(count, T, *x.shape[1:])
+        slots = out[span.slot : span.slot + span.slots, lanes]
+        slots = slots.view(span.slots, count, width, *out.shape[2:])
         if whole:
-            yield rows[:, span.first : span.first + whole * C], slots[:whole, i : i + count]
+            yield rows[:, span.first : span.first + whole * C], slots[:whole]
         if tokens > whole * C:
             end = span.first + whole * C
-            yield rows[:, end : span.first + tokens], slots[whole : whole + 1, i : i + count, :, : tokens - whole * C]
+            yield rows[:, end : span.first + tokens], slots[whole : whole + 1, :, :, : tokens - whole * C]

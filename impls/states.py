@@ -38,6 +38,12 @@ class States:
         else:
             self.final.copy_(self.initial)
 
+    def fill_some(self, runs: Runs, heads: slice) -> None:
+        """Do the same for some runs and heads, shortly before they are worked on: 1 MiB that then is in the caches."""
+        for place in runs.order:
+            S = self.final[place, heads]
+            S.zero_() if self.initial is None else S.copy_(self.initial[place, heads])
+
     def open(self, runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the states that enter all runs and the room for those that leave, [N * HV, K', V'] in runs' order.
 
