@@ -10,25 +10,28 @@ from impls.footprint import misfit
 from impls.targets import Target
 
 
-def chunk_torch_config(config: ChunkTorchConfig | None, chunk_size: int | None) -> ChunkTorchConfig:
-    """Return the configuration to run, given what was asked for; None leaves a choice to the default.
+def chunk_torch_config(config: ChunkTorchConfig | None, chunk_size: int | None, device: str) -> ChunkTorchConfig:
+    """Return the configuration to run on a kind of device, given what was asked for; None leaves it to the default.
 
-    The default compiles where the environment says KDA_COMPILE=1. Raises TypeError for another kind of configuration,
-    ValueError for an invalid or a contradictory one, and for another value of that variable.
+    The default compiles on a CPU where the environment says KDA_COMPILE=1. Raises TypeError for another kind of
+    configuration, ValueError for an invalid or a contradictory one, one that compiles elsewhere than on a CPU, and
+    another value of that variable.
     """
     if config is None:
         given = {} if chunk_size is None else {"chunk_size": chunk_size}
-        config = ChunkTorchConfig(compile=_compile_wanted(), **given)
-    return _accepted(config, ChunkTorchConfig, "chunk_torch", chunk_size)
+        config = ChunkTorchConfig(compile=_compile_wanted() and device == "cpu", **given)
+    return _compilable(_accepted(config, ChunkTorchConfig, "chunk_torch", chunk_size), device)
 
 
-def recurrent_torch_config(config: RecurrentTorchConfig | None, chunk_size: int | None) -> RecurrentTorchConfig:
+def recurrent_torch_config(
+    config: RecurrentTorchConfig | None, chunk_size: int | None, device: str
+) -> RecurrentTorchConfig:
     """Return the configuration to run; as `chunk_torch_config`."""
     if chunk_size is not None:
         raise ValueError(f"chunk_size must be None for recurrent_torch, which has no chunks, got {chunk_size}")
     if config is None:
-        return RecurrentTorchConfig(compile=_compile_wanted())
-    return _accepted(config, RecurrentTorchConfig, "recurrent_torch")
+        return RecurrentTorchConfig(compile=_compile_wanted() and device == "cpu")
+    return _compilable(_accepted(config, RecurrentTorchConfig, "recurrent_torch"), device)
 
 
 def chunk_triton_launch(config: ChunkTritonConfig | None, chunk_size: int | None) -> tuple[int, ...]:
@@ -77,6 +80,12 @@ def _compile_wanted() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"the environment variable KDA_COMPILE must be 0 or 1, got {value!r}")
     return value == "1"
+
+
+def _compilable(config, device: str):
+    if config.compile and device != "cpu":
+        raise ValueError(f"config.compile must be False on {device}: what is compiled runs on a CPU")
+    return config
 
 
 def _numbers(config) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ With what `impls.tree_torch` finds within a chunk, all chunks of a block at a ti
     o     = (q before) S + A delta
     S    <- total S + (k after)^T delta
 
-one chunk after the other, all sequences and heads of the block together. Memory is inputs, outputs, and one block of
+one chunk after the other, several heads and short sequences together. Memory is inputs, outputs, and one block of
 tokens and heads.
 """
 
@@ -35,7 +35,7 @@ def chunk_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
 
     config: a ChunkTorchConfig. Raises as `choice.chunk_torch_config` and `call.call_activated` do.
     """
-    config = chunk_torch_config(config, chunk_size)
+    config = chunk_torch_config(config, chunk_size, q.device.type)
     launch = (config.chunk_size, config.block_tokens, config.heads, int(config.compile))
     others = (keywords.get(name) for name in ("initial_state", "A_log", "dt_bias"))
     call, to = (call_activated, op) if wants_gradient((q, k, v, g, beta, *others)) else (call_raw, op_raw)
@@ -68,22 +68,23 @@ def _compiled(slots: int, lanes: int, C: int, K: int, V: int, dtype: torch.dtype
 class _Walk:
     """Walk over all runs and heads, block by block."""
 
-    def __init__(self, tokens, activations, normed: bool, o, states: States, lanes: int, scale: float, config):
+    def __init__(self, tokens, activations, normed: bool, o, states: States, scale: float, config):
         self.tokens, self.activations, self.normed = tokens, activations, normed
         self.o, self.states, self.config = o, states, config
         self.dtype, self.scale = states.final.dtype, torch.tensor(scale, dtype=states.final.dtype)
-        self.slots, self.lanes, self.S = config.block_tokens // config.chunk_size, lanes, None
+        self.slots, self.lanes, self.S = config.block_tokens // config.chunk_size, config.heads, None
         self.within, self.over, self.fixed = within_chunks, over_chunk, config.compile and can_compile()
-        if self.fixed:
+        if self.fixed and len(o):
             K, V = (padded(x) for x in states.final.shape[-2:])
-            self.lanes = config.heads
             shape = self.slots, self.lanes, config.chunk_size, K, V
             self.within, self.over = _compiled(*shape, self.dtype, torch.get_num_threads())
 
     def block(self, spans: Sequence[Span]) -> None:
         """Write o of the chunks of a block, and the states behind them."""
-        slots = self.slots if self.fixed else spans[-1].slot + spans[-1].slots
-        HV, shape = self.o.shape[1], (slots, self.lanes, self.config.chunk_size)
+        slots, lanes = spans[-1].slot + spans[-1].slots, max(span.lanes for span in spans)
+        if self.fixed:
+            slots, lanes = self.slots, self.lanes
+        HV, shape = self.o.shape[1], (slots, lanes, self.config.chunk_size)
         q, k, v, g, beta = (
             gather(x, spans, shape, HV, self.dtype, activate)
             for x, activate in zip(self.tokens, self.activations, strict=True)
@@ -104,11 +105,13 @@ class _Walk:
         """Walk over the chunks of a span."""
         if span.first == 0:
             self.states.fill_some(span.runs, span.heads)
-            self.S = self.states.borrow(span.runs, span.heads, self.lanes)
-        for i, (*within, v, o) in enumerate(chunks):
+        if span.opens:
+            self.S = self.states.borrow(span.runs, span.heads, self.lanes if self.fixed else span.lanes)
+        for i, chunk in enumerate(chunks):
             self.states.keep(self.S, span.runs, span.first + i * self.config.chunk_size, span.heads)
+            *within, v, o = (x[: len(self.S)] for x in chunk) if len(self.S) < len(chunk[0]) else chunk
             self.over(*within, v, self.scale, o, self.S)
-        if span.last:
+        if span.closes:
             self.states.give_back(self.S, span.runs, span.heads)
 
 
@@ -122,8 +125,7 @@ def _blockwise(
     states = States(initial_state, q, v, cu_seqlens, runs, state_interval, filled=False)
     states.fill_some(runs.part(slice(runs.running(0), None)), slice(0, HV))  # those without a token
     o = room(v.shape, v.dtype, v.device)
-    lanes = min(HV, config.heads) * min(len(runs.order), max(1, config.heads // HV))
-    walk = _Walk([flat(x) for x in tokens], activations, normed, flat(o), states, lanes, scale, config)
+    walk = _Walk([flat(x) for x in tokens], activations, normed, flat(o), states, scale, config)
     for spans in blocks(runs, HV, config.heads, config.chunk_size, walk.slots):
         walk.block(spans)
     return o, states.final if output_final_state else states.final.new_empty(0), states.kept

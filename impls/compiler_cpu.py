@@ -18,18 +18,18 @@ import torch
 TILE = (6, 32, 1)
 """Rows, columns and depth of the sums that the template keeps in registers."""
 
-_patching = threading.Lock()
+_compiling = threading.Lock()
 
 
 @functools.cache
 def can_compile() -> bool:
-    """Tell whether there is a C++ compiler; warn, once, where there is none."""
+    """Tell whether there is a C++ compiler, and prepare for it; warn, once, where there is none."""
     from torch._inductor.cpp_builder import get_cpp_compiler  # a second to import
 
     try:
         get_cpp_compiler()
     except RuntimeError as error:
-        warnings.warn(f"chunk_torch runs uncompiled, several times slower: {error}", stacklevel=2)
+        warnings.warn(f"compile=True runs uncompiled, up to three times slower: {error}", stacklevel=2)
         return False
     _keep_freed_memory()
     return True
@@ -54,7 +54,8 @@ def compiled(function: Callable, inputs: Sequence[torch.Tensor], products: bool)
     from torch._inductor import standalone_compile
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with torch.inference_mode(False), torch.no_grad():
+    tag = f"{torch.compiler.config.cache_key_tag} kda {TILE} {torch.get_num_threads()}"  # what the cache's key lacks
+    with _compiling, torch.compiler.config.patch(cache_key_tag=tag), torch.inference_mode(False), torch.no_grad():
         graph = make_fx(function, decomposition_table=_DECOMPOSITIONS)(*inputs)
         with _template() if products else contextlib.nullcontext({}) as patches:
             options = {"config_patches": patches | {"cpp_wrapper": True}}  # 40 us less of 550 a block than in Python
@@ -84,10 +85,9 @@ def _template() -> Iterator[dict[str, object]]:
         return
     tiles = template.generate_gemm_config(VecAVX512, [TILE], input_dtype=torch.float32)
     configs, kind = template.micro_gemm_configs, template.CppMicroGemmFP32Vec
-    with _patching:
-        usual = configs[kind]
-        configs[kind] = tiles
-        try:
-            yield {"max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP"}
-        finally:
-            configs[kind] = usual
+    usual = configs[kind]
+    configs[kind] = tiles
+    try:
+        yield {"max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP"}
+    finally:
+        configs[kind] = usual

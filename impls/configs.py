@@ -15,7 +15,7 @@ class ChunkTorchConfig:
     chunk_size: int = 32
     """C, tokens per chunk."""
     block_tokens: int = 128
-    """Tokens of one sequence that are worked on at a time: a bound on the workspace, no influence on the bits."""
+    """Tokens of a pair that are worked on at a time: a bound on the workspace, no influence on the bits."""
     heads: int = 16
     """Pairs of a sequence and a head worked on at a time: a bound on the workspace, no influence on the bits."""
     compile: bool = False

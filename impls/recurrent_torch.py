@@ -39,7 +39,7 @@ def recurrent_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keyword
 
     config: a RecurrentTorchConfig. Raises as `choice.recurrent_torch_config` and `call.call_activated` do.
     """
-    launch = (int(recurrent_torch_config(config, chunk_size).compile),)
+    launch = (int(recurrent_torch_config(config, chunk_size, q.device.type).compile),)
     return call_activated(op, q, k, v, g, beta, launch=launch, chunk_size=1, **keywords)
 
 
@@ -107,7 +107,7 @@ def _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_st
     runs, inputs = runs_of(B, T, bounds_of(cu_seqlens, T)), (q, k, v, g, beta)
     states = States(initial_state, q, v, cu_seqlens, runs, state_interval, filled=False)
     S0, S = states.open(runs)
-    take = _stepper(S, bool(launch[0]))
+    take = _stepper(S, bool(launch[0]) and T > 0)
     if runs.longest == 1 and runs.adjacent and S.shape[1:] == (q.shape[3], V) and not state_interval:
         o = _decode(inputs, S0, S, scale, take)
     else:

@@ -17,7 +17,7 @@ Activation = Callable[[torch.Tensor, slice], torch.Tensor]
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive chunks of some runs and heads, in slots `slot` and following; `last` where none of these follow."""
+    """Consecutive chunks of some runs and heads, in slots `slot` and following. No run ends before the last of them."""
 
     runs: Runs
     heads: slice
@@ -27,7 +27,10 @@ class Span:
     slots: int
     chunk: int
     """C, the tokens of a slot."""
-    last: bool
+    opens: bool
+    """Whether other runs and heads come before."""
+    closes: bool
+    """Whether other runs and heads follow: a run of these has ended."""
 
     @property
     def lanes(self) -> int:
@@ -49,18 +52,27 @@ def blocks(runs: Runs, HV: int, pairs: int, C: int, slots: int) -> Iterator[list
     A slot holds at most `pairs` of a run and a head; runs without tokens are left out.
     """
     block, taken = [], 0
-    for some, heads in groups(runs, HV, pairs):
-        part, first = runs.part(some), 0
-        while first < part.longest:
-            left = -(-(part.longest - first) // C)
-            span = Span(part, heads, first, taken, min(left, slots - taken), C, left <= slots - taken)
-            block.append(span)
-            first, taken = first + span.slots * C, taken + span.slots
+    for part, heads, first, last in _stretches(runs, HV, pairs, C):
+        at = first
+        while at < last:
+            count = min((last - at) // C, slots - taken)
+            block.append(Span(part, heads, at, taken, count, C, at == first, at + count * C == last))
+            at, taken = at + count * C, taken + count
             if taken == slots:
                 yield block
                 block, taken = [], 0
     if block:
         yield block
+
+
+def _stretches(runs: Runs, HV: int, pairs: int, C: int) -> Iterator[tuple[Runs, slice, int, int]]:
+    """Yield runs and heads with the tokens, whole chunks of them, over which all of these runs have chunks."""
+    for some, heads in groups(runs, HV, pairs):
+        part, first = runs.part(some), 0
+        while n := part.running(first):
+            last = -(-part.lengths[n - 1] // C) * C
+            yield part.part(slice(0, n)), heads, first, last
+            first = last
 
 
 def gather(

@@ -1,4 +1,4 @@
-"""What is timed on a CPU: shapes, the peer to compare with, and the ratio asked for."""
+"""List what is timed on a CPU: shapes, the peer to compare with, and the ratio asked for."""
 
 from dataclasses import dataclass
 from itertools import accumulate

@@ -1,4 +1,4 @@
-"""What the machine can do, measured: the rate of products in cache, and the bandwidth of a copy."""
+"""Measure what the machine can do: the rate of products in cache, and the bandwidth of a copy."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Other people's KDA for a CPU, called as ours: q, k, v, g, beta and the state in, (o, state) out."""
+"""Call other people's KDA for a CPU as ours: q, k, v, g, beta and the state in, (o, state) out."""
 
 import inspect
 from collections.abc import Callable
@@ -29,11 +29,12 @@ def load(name: str) -> Call | None:
     return _transformers(inspect.unwrap(function)) if module == TRANSFORMERS else _fla(function)
 
 
-def one_by_one(function: Call, cu_seqlens: list[int]) -> Call:
+def one_by_one(function: Call, bounds: list[int]) -> Call:
     """Return a function that calls another once per packed sequence, without initial states."""
 
     def run(*tokens, **keywords):
-        return [function(*(x[:, a:b] for x in tokens), **keywords) for a, b in pairwise(cu_seqlens)][-1]
+        found = [function(*(x[:, a:b] for x in tokens), **keywords) for a, b in pairwise(bounds)]
+        return torch.cat([o for o, _ in found], 1), torch.cat([S for _, S in found])
 
     return run
 

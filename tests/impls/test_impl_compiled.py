@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from impls import ChunkTorchConfig, RecurrentTorchConfig, chunk_torch, kda, recurrent_torch
+from impls.choice import chunk_torch_config, recurrent_torch_config
 
 K, V = 16, 32
 COMPILED = {
@@ -49,9 +50,11 @@ def test_compiled_and_uncompiled_agree_within_rounding(draw, draw_state, name, d
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_compiled_again_for_another_call(draw, draw_state, name):
+def test_nothing_is_compiled_again_for_another_call(draw, draw_state, monkeypatch, name):
     run(name, draw(*SHAPES[0], K, V))
     compiled = CACHES[name].cache_info().misses
+    for module in (chunk_torch, recurrent_torch):
+        monkeypatch.setattr(module, "compiled", None)
     for B, T, H, HV in SHAPES:
         inputs, packing = draw(B, T, H, HV, K, V), torch.tensor([0, T // 2, T])
         run(name, inputs, initial_state=draw_state(B, HV, K, V))
@@ -115,11 +118,33 @@ def test_neighbours_content_does_not_matter_not_even_nan(draw, draw_state):
         assert_same((found_o[[0, 2]], found_S[[0, 2]]), (o[[0, 2]], S[[0, 2]]))
 
 
-def test_long_short_and_empty_sequences_share_blocks(draw, draw_state):
+@pytest.mark.parametrize("HV", [1, 6])
+def test_long_short_and_empty_sequences_share_blocks(draw, draw_state, HV):
     bounds = torch.tensor([0, 0, 1, 50, 50, 53, 90, 123, 124])
-    inputs, S0 = draw(1, 124, 3, 6, K, V, resets=True), draw_state(8, 6, K, V)
+    inputs, S0 = draw(1, 124, 1, HV, K, V, resets=True), draw_state(8, HV, K, V)
+    S0[0, 0, 0, :2] = torch.tensor([torch.inf, -0.0])  # of an empty sequence: null tokens would change both
     for configs in (COMPILED, UNCOMPILED):
         o, S = run("chunk_torch", inputs, configs, cu_seqlens=bounds, initial_state=S0)
         for n, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
             alone = run("chunk_torch", [x[:, first:last] for x in inputs], configs, initial_state=S0[n : n + 1])
             assert_same(alone, (o[:, first:last], S[n : n + 1]))
+        assert torch.equal(S[[0, 3]], S0[[0, 3]]) and torch.equal(S[0].signbit(), S0[0].signbit())
+
+
+def test_steps_of_many_states_are_taken_in_parts_with_the_same_bits(draw, draw_state):
+    inputs, S0 = draw(1, 1, 37, 37, 128, 24), draw_state(1, 37, 128, 24, torch.bfloat16)
+    o, S = run("recurrent_torch", inputs, initial_state=S0)
+    expected, _ = run("recurrent_torch", inputs, UNCOMPILED, initial_state=S0)
+    assert (o - expected).abs().max() <= 4e-6 * expected.abs().max()
+    for heads in (slice(0, 32), slice(30, 35), slice(36, 37)):
+        alone = run("recurrent_torch", [x[:, :, heads] for x in inputs], initial_state=S0[:, heads])
+        assert_same(alone, (o[:, :, heads], S[:, heads]))
+
+
+def test_what_compiles_runs_on_a_cpu_only(monkeypatch):
+    monkeypatch.setenv("KDA_COMPILE", "1")
+    choices = {"chunk_torch": chunk_torch_config, "recurrent_torch": recurrent_torch_config}
+    for name, choose in choices.items():
+        assert choose(None, None, "cpu").compile and not choose(None, None, "cuda").compile
+        with pytest.raises(ValueError, match="config.compile must be False on cuda"):
+            choose(COMPILED[name], None, "cuda")
