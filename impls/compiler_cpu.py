@@ -55,11 +55,13 @@ def compiled(function: Callable, inputs: Sequence[torch.Tensor], products: bool)
     from torch.fx.experimental.proxy_tensor import make_fx
 
     tag = f"{torch.compiler.config.cache_key_tag} kda {TILE} {torch.get_num_threads()}"  # what the cache's key lacks
-    with _compiling, torch.compiler.config.patch(cache_key_tag=tag), torch.inference_mode(False), torch.no_grad():
-        graph = make_fx(function, decomposition_table=_DECOMPOSITIONS)(*inputs)
-        with _template() if products else contextlib.nullcontext({}) as patches:
-            options = {"config_patches": patches | {"cpp_wrapper": True}}  # 40 us less of 550 a block than in Python
-            return standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs", options=options)
+    template = _template() if products else contextlib.nullcontext({})
+    cache = torch.compiler.config.patch(cache_key_tag=tag)
+    with _compiling, cache, torch.inference_mode(False), torch.no_grad(), template as patches:
+        graph = make_fx(function, decomposition_table=_DECOMPOSITIONS if patches else None)(*inputs)
+        # The wrapper in C++: 40 us less of 550 a block than in Python.
+        options = {"config_patches": patches | {"cpp_wrapper": True}}
+        return standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs", options=options)
 
 
 def _baddbmm(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
