@@ -17,13 +17,16 @@ def l2norm(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     The sum runs over a contiguous copy: over other strides torch adds in another order, and layout would change bits.
     """
     x = x.to(dtype).contiguous()
-    return x / (x * x).sum(-1, keepdim=True).add_(L2NORM_EPSILON).sqrt_()
+    return x / _length(x)
 
 
 def l2norm_(x: torch.Tensor) -> None:
     """Do the same in place to rows x [..., K] with stride 1 in `dtype` already; the bits are those of `l2norm`."""
-    squares = (x * x).contiguous()
-    x.div_(squares.sum(-1, keepdim=True).add_(L2NORM_EPSILON).sqrt_())
+    x.div_(_length(x))
+
+
+def _length(x: torch.Tensor) -> torch.Tensor:
+    return (x * x).contiguous().sum(-1, keepdim=True).add_(L2NORM_EPSILON).sqrt_()
 
 
 def sigmoid(x: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ from impls.sequences import Runs, padded
 class States:
     """Hold the states of all runs while they are worked on, some runs and heads at a time.
 
-    The initial state is copied, never aliased; not yet where filled is False, for those
-    who then `open` all states or `fill_some`.
+    The initial state is copied, never aliased; not yet where filled is False, for those who then `open` all states or
+    `fill_some`.
     Intermediate states are those that enter tokens 0, interval, 2 * interval, ... of each run; none are kept where
     interval is 0.
     """

@@ -74,20 +74,25 @@ def case_table(found: dict) -> Table:
 
 
 def write(found: dict, folder: Path) -> Path:
-    """Write what was found with where it comes from, and return the file."""
-    device = provenance.described("cpu")
-    today = datetime.now(UTC)
-    data = {
+    """Write what was found with where it comes from, and return the file.
+
+    What a file of the same day and sources holds beyond it stays: a run of one case loses none of the others.
+    """
+    device, sources, today = provenance.described("cpu"), provenance.sources(), datetime.now(UTC)
+    path = folder / f"cpu-{provenance.slug(device['name'])}-{today:%Y-%m-%d}-{sources[:8]}.json"
+    before = json.loads(path.read_text()) if path.exists() else {"cases": []}
+    cases = {case["name"]: case for case in (*before["cases"], *found["cases"])}
+    data = before | {
         "schema": 1,
         "kind": "cpu prefill and decode",
         "date": today.isoformat(timespec="seconds"),
         "device": device,
         "versions": provenance.versions(("torch", "triton", "numpy", "transformers", "fla-core")),
-        "sources": provenance.sources(),
+        "sources": sources,
         "git": provenance.git(),
         **found,
+        "cases": list(cases.values()),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"cpu-{provenance.slug(device['name'])}-{today:%Y-%m-%d}.json"
     path.write_text(json.dumps(data, indent=1) + "\n")
     return path

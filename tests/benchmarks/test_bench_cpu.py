@@ -183,6 +183,9 @@ with torch.no_grad():
 
 def test_compiling(found, threads, tmp_path):
     """The first call of a process, with nothing in Inductor's cache and with everything."""
+    kept = []
     for kind in ("cold", "warm"):
         seconds_of = child(COMPILING, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
         found.setdefault("compiling", {}).update({f"{name} {kind} s": x for name, x in seconds_of.items()})
+        kept.append({path.name for path in tmp_path.rglob("*.so")})
+    assert kept[0] and kept[0] == kept[1]  # the second process has compiled nothing
