@@ -38,12 +38,16 @@ class Span:
         return len(self.runs.order) * (self.heads.stop - self.heads.start)
 
     def together(self) -> Iterator[tuple[slice, int]]:
-        """Yield lanes whose tokens can be copied at once, and how many tokens they have here, at most 0 at the end."""
-        runs, width = self.runs, self.heads.stop - self.heads.start
+        """Yield runs whose tokens can be copied at once, and how many tokens each has here, at most 0 at the end."""
+        runs = self.runs
         count = len(runs.order) if runs.adjacent else 1
         for i in range(0, len(runs.order), count):
-            tokens = min(self.slots * self.chunk, runs.lengths[i] - self.first)
-            yield slice(i * width, (i + count) * width), tokens
+            yield slice(i, i + count), min(self.slots * self.chunk, runs.lengths[i] - self.first)
+
+    def places(self, out: torch.Tensor) -> torch.Tensor:
+        """Return its part of a block, [slots, runs, heads, C, channels]."""
+        n = len(self.runs.order)
+        return out[self.slot : self.slot + self.slots, : self.lanes].view(self.slots, n, -1, *out.shape[2:])
 
 
 def blocks(runs: Runs, HV: int, pairs: int, C: int, slots: int) -> Iterator[list[Span]]:
@@ -111,14 +115,13 @@ def _clear_missing(out: torch.Tensor, block: Sequence[Span]) -> None:
     if end < len(out):
         out[end:].zero_()
     for span in block:
-        slots = out[span.slot : span.slot + span.slots]
         if span.lanes < out.shape[1]:
-            slots[:, span.lanes :].zero_()
-        for lanes, tokens in span.together():
+            out[span.slot : span.slot + span.slots, span.lanes :].zero_()
+        for runs, tokens in span.together():
             if tokens < span.slots * C:
-                whole, rest = divmod(max(tokens, 0), C)
-                slots[whole, lanes, rest:].zero_()
-                slots[whole + 1 :, lanes].zero_()
+                places, (whole, rest) = span.places(out), divmod(max(tokens, 0), C)
+                places[whole, runs, :, rest:].zero_()
+                places[whole + 1 :, runs].zero_()
 
 
 def _columns(heads: slice, ratio: int, device) -> slice | torch.Tensor:
@@ -134,17 +137,14 @@ def _chunked(rows: torch.Tensor, C: int) -> torch.Tensor:
 
 def _pieces(x: torch.Tensor, out: torch.Tensor, span: Span) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield rows [n, tokens, all heads, channels] of x, whole chunks or part of one, and their places in a block."""
-    runs, C, width = span.runs, out.shape[2], span.heads.stop - span.heads.start
-    for lanes, tokens in span.together():
+    C, first = out.shape[2], span.first
+    for runs, tokens in span.together():
         if tokens <= 0:
             return
-        count, i = (lanes.stop - lanes.start) // width, lanes.start // width
-        T, begin, whole = runs.lengths[i], runs.starts[i], tokens // C
-        rows = x[begin : begin + count * T].view(count, T, *x.shape[1:])
-        slots = out[span.slot : span.slot + span.slots, lanes]
-        slots = slots.view(span.slots, count, width, *out.shape[2:])
+        T, begin, whole = span.runs.lengths[runs.start], span.runs.starts[runs.start], tokens // C
+        count, places = runs.stop - runs.start, span.places(out)[:, runs]
+        rows = x[begin : begin + count * T].view(count, T, *x.shape[1:])[:, first : first + tokens]
         if whole:
-            yield rows[:, span.first : span.first + whole * C], slots[:whole]
+            yield rows[:, : whole * C], places[:whole]
         if tokens > whole * C:
-            end = span.first + whole * C
-            yield rows[:, end : span.first + tokens], slots[whole : whole + 1, :, :, : tokens - whole * C]
+            yield rows[:, whole * C :], places[whole : whole + 1, :, :, : tokens - whole * C]
