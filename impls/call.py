@@ -124,7 +124,7 @@ def call_activated(
         q, k, v, g, beta, initial_state, packing, call.scale, call.output_final_state, call.interval, launch
     )
     if call.state_v_first:
-        S, h = (x.transpose(-1, -2).contiguous() if x.ndim > 1 else x for x in (S, h))
+        S, h = value_first(S), value_first(h)
     return _returned(call, o, S, h)
 
 
@@ -139,6 +139,11 @@ def call_raw(
         call.output_final_state, call.interval, launch,
     )  # fmt: skip
     return _returned(call, o, S, h.to(v.dtype))
+
+
+def value_first(S: torch.Tensor) -> torch.Tensor:
+    """Return states [.., K, V] as [.., V, K]; what was not asked for, and is empty, as it is."""
+    return S.mT.contiguous() if S.ndim > 1 else S
 
 
 def _returned(call: Call, o: torch.Tensor, S: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -17,7 +17,7 @@ import torch
 
 from impls.activations import compute_dtype, l2norm_, log_decay, write_strength
 from impls.adjoint_torch import adjoint
-from impls.call import call_activated, call_raw
+from impls.call import call_activated, call_raw, value_first
 from impls.checks import bounds_of, wants_gradient
 from impls.choice import chunk_torch_config
 from impls.compiler_cpu import can_compile, compiled
@@ -159,9 +159,7 @@ def _forward_raw(
     packing = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
     tokens, asked = (q, k, v, g, beta), (scale, output_final_state, state_interval, launch)
     o, S, h = _blockwise(tokens, activations, normed, initial_state, packing, *asked)
-    if state_v_first:
-        S, h = (x.transpose(-1, -2).contiguous() if x.ndim > 1 else x for x in (S, h))
-    return o, S, h
+    return (o, value_first(S), value_first(h)) if state_v_first else (o, S, h)
 
 
 op = register("chunk_torch", _forward, adjoint)

@@ -16,12 +16,13 @@ from collections.abc import Callable
 
 import torch
 
+from impls.activations import L2NORM_EPSILON, compute_dtype, l2norm_, log_decay, write_strength
 from impls.adjoint_torch import adjoint
-from impls.call import call_activated
-from impls.checks import bounds_of
+from impls.call import call_activated, call_raw, value_first
+from impls.checks import bounds_of, wants_gradient
 from impls.choice import recurrent_torch_config
 from impls.compiler_cpu import can_compile, compiled
-from impls.registration import register
+from impls.registration import register, register_raw
 from impls.sequences import Runs, by_token, flat, runs_of, scatter
 from impls.states import States
 
@@ -40,100 +41,117 @@ def recurrent_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keyword
     config: a RecurrentTorchConfig. Raises as `choice.recurrent_torch_config` and `call.call_activated` do.
     """
     launch = (int(recurrent_torch_config(config, chunk_size, q.device.type).compile),)
-    return call_activated(op, q, k, v, g, beta, launch=launch, chunk_size=1, **keywords)
+    others = (keywords.get(name) for name in ("initial_state", "A_log", "dt_bias"))
+    call, to = (call_activated, op) if wants_gradient((q, k, v, g, beta, *others)) else (call_raw, op_raw)
+    return call(to, q, k, v, g, beta, launch=launch, chunk_size=1, **keywords)
 
 
-def step(S0: torch.Tensor, S: torch.Tensor, q, k, v, alpha, beta, out: torch.Tensor) -> None:
+def step(S0: torch.Tensor, S: torch.Tensor, q, k, v, g, beta, out: torch.Tensor) -> None:
     """Take states S0 [M, K, V] over one token into S, which may be S0, and write S^T q into out [M, 1, V].
 
-    q, k, v are rows [M, 1, K or V], alpha [M, K, 1], beta [M, 1, 1].
+    q, k, v, g are rows [M, 1, K or V], beta [M, 1, 1].
     """
-    torch.mul(S0, alpha, out=S)
+    torch.mul(S0, g.exp().mT, out=S)
     delta = torch.bmm(k, S)
     torch.sub(v, delta, out=delta).mul_(beta)
     S.addcmul_(k.mT, delta)
     torch.bmm(q, S, out=out)
 
 
-def step_in_two_passes(S0: torch.Tensor, S: torch.Tensor, q, k, v, alpha, beta, out: torch.Tensor) -> None:
-    """Do the same as `step` for the compiler: a pass that reads the states for k and q, and one that writes them.
+def step_in_two_passes(S0: torch.Tensor, S: torch.Tensor, q, k, v, g, beta, out: torch.Tensor, scale, normed):
+    """Do the same for the compiler, with out times scale [] and, where normed [], with k and q over their lengths.
 
-    S^T q is (alpha S0)^T q + (q . k) delta. Sums go over ROWS rows at a time: column by column through all of a state's
-    rows the caches see too many streams, 2.3 ms for 33.5 MB of states instead of 1.9. Where S is S0, each element is
-    read before it is written.
+    One pass reads the states for k and q, and one writes them: S^T q is (alpha S0)^T q + (q . k) delta. Sums go over
+    ROWS rows at a time: column by column through all of a state's rows the caches see too many streams, 2.3 ms for
+    33.5 MB of states instead of 1.9. Where S is S0, each element is read before it is written. The compiler is kept
+    from what costs a pass: the lengths divide sums and not rows, and the two products of alpha and S0 are written
+    in two ways, or it would store what they share.
     """
     M, K, V = S.shape
+    alpha = g.exp().mT
     P = S0 * alpha
     of_k, of_q = ((x.mT * P).view(M, K // ROWS, ROWS, V).sum(2).sum(1, keepdim=True) for x in (k, q))
-    delta = beta * (v - of_k)
-    out.copy_(of_q + (q * k).sum(-1, keepdim=True) * delta)
-    S.copy_(P + k.mT * delta)
+    lengths = (torch.where(normed, (x * x).sum(-1, keepdim=True) + L2NORM_EPSILON, 1.0).sqrt() for x in (k, q))
+    for_k, for_q = (a / length for a, length in zip((1, scale), lengths, strict=True))
+    delta = beta * for_k * (v - for_k * of_k)
+    out.copy_(for_q * (of_q + (q * k).sum(-1, keepdim=True) * delta))
+    S.copy_(alpha * S0 + k.mT * delta)
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled_steps(K: int, V: int, dtype: torch.dtype, threads: int) -> tuple[tuple[int, Step], ...]:
+def _compiled_steps(K: int, V: int, dtype: torch.dtype, threads: int) -> tuple[tuple[int, Callable], ...]:
     """Return `step_in_two_passes` for each of LANES, compiled for so many threads."""
     steps = []
     for M in LANES:
-        shapes = [(M, K, V), (M, K, V), (M, 1, K), (M, 1, K), (M, 1, V), (M, 1, K), (M, 1, 1), (M, 1, V)]
-        inputs = [torch.zeros(shape, dtype=dtype) for shape in shapes]
-        inputs[5] = inputs[5].mT
+        shapes = [(M, K, V), (M, K, V), (M, 1, K), (M, 1, K), (M, 1, V), (M, 1, K), (M, 1, 1), (M, 1, V), ()]
+        inputs = [*(torch.zeros(shape, dtype=dtype) for shape in shapes), torch.tensor(False)]
         steps.append((M, compiled(step_in_two_passes, inputs, products=False)))
     return tuple(steps)
 
 
-def _stepper(S: torch.Tensor, compile: bool) -> Step:
-    """Return what takes any number of states like S [M, K, V] over a token, in the parameters of `step`."""
-    if not (compile and can_compile()):
-        return step
-    steps = _compiled_steps(*S.shape[1:], S.dtype, torch.get_num_threads())
+@functools.lru_cache(maxsize=256)
+def _stepper(K: int, V: int, dtype: torch.dtype, threads: int, scale: float, normed: bool) -> Step:
+    """Return the compiled steps for any number of states [M, K, V], in the parameters of `step`."""
+    steps, factors = _compiled_steps(K, V, dtype, threads), (torch.tensor(scale, dtype=dtype), torch.tensor(normed))
 
     def step_in_parts(S0, S, *rows) -> None:
         if S0.dtype != S.dtype or not S0.is_contiguous():
             S0 = S.copy_(S0)
         if len(S) == LANES[0]:
-            return steps[0][1](S0, S, *rows)  # 18 us less than by slices
+            steps[0][1](S0, S, *rows, *factors)  # 18 us less than by slices
+            return
         whole, first = (S0, S, *rows), 0
         for lanes, compiled_step in steps:
             while len(S) - first >= lanes:
-                compiled_step(*(x[first : first + lanes] for x in whole))
+                compiled_step(*(x[first : first + lanes] for x in whole), *factors)
                 first += lanes
 
     return step_in_parts
 
 
-def _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch):
-    B, T, HV, V = v.shape
-    runs, inputs = runs_of(B, T, bounds_of(cu_seqlens, T)), (q, k, v, g, beta)
-    states = States(initial_state, q, v, cu_seqlens, runs, state_interval, filled=False)
+def _stepwise(inputs, normed: bool, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch):
+    B, T, _, V = inputs[2].shape
+    runs, K = runs_of(B, T, bounds_of(cu_seqlens, T)), inputs[0].shape[3]
+    states = States(initial_state, inputs[0], inputs[2], cu_seqlens, runs, state_interval, filled=False)
     S0, S = states.open(runs)
-    take = _stepper(S, bool(launch[0]) and T > 0)
-    if runs.longest == 1 and runs.adjacent and S.shape[1:] == (q.shape[3], V) and not state_interval:
-        o = _decode(inputs, S0, S, scale, take)
+    alone = runs.longest == 1 and runs.adjacent and S.shape[1:] == (K, V) and not state_interval
+    if launch[0] and T and can_compile():
+        take = _stepper(*S.shape[1:], S.dtype, torch.get_num_threads(), *((scale, normed) if alone else (1.0, False)))
     else:
-        o = _walk(inputs, S0, S, states, runs, scale, take)
+        take = step
+    if alone:
+        o = _decode(inputs, normed, S0, S, scale, take)
+    else:
+        o = _walk(inputs, normed, S0, S, states, runs, scale, take)
         states.close(S, runs)
     return o, states.final if output_final_state else S.new_empty(0), states.kept
 
 
-def _decode(inputs, S0: torch.Tensor, S: torch.Tensor, scale: float, take: Step) -> torch.Tensor:
+def _decode(inputs, normed: bool, S0: torch.Tensor, S: torch.Tensor, scale: float, take: Step) -> torch.Tensor:
     """Take states S0 [M, K, V] over the only token of their sequences into S, and return o in the shape of v.
 
-    There is nothing to gather, pad or scatter: 60 us less than `_walk`, of 230 for one sequence of 32 heads.
+    There is nothing to gather, pad or scatter: 60 us less than `_walk`, of 230 for one sequence of 32 heads. Compiled
+    steps norm and scale.
     """
-    M, HV, rows = len(S), inputs[2].shape[2], []
+    v, dtype = inputs[2], S.dtype
+    M, HV, rows = len(S), v.shape[2], []
     for x in inputs:
         if x.shape[2] != HV:
             x = x.repeat_interleave(HV // x.shape[2], 2)
         if take is step:  # the library rounds by alignment: a copy, whatever the caller's layout
-            x = x.to(S.dtype, copy=True, memory_format=torch.contiguous_format)
-        rows.append(x.to(S.dtype).contiguous().view(M, 1, -1))
-    q, k, v, g, beta = rows
-    size, out = _group_size(S), torch.empty_like(v)
-    whole = (S0, S, q, k, v, g.exp().mT, beta, out)
+            x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        elif x.dtype is not dtype or not x.is_contiguous():
+            x = x.to(dtype).contiguous()
+        rows.append(x.view(M, 1, -1))
+    if take is step and normed:
+        l2norm_(rows[0]), l2norm_(rows[1])
+    size, out = _group_size(S), torch.empty_like(rows[2])
+    whole = (S0, S, *rows, out)
     for group in [whole] if size >= M else zip(*(x.split(size) for x in whole), strict=True):
         take(*group)
-    return out.mul_(scale).view(inputs[2].shape).to(inputs[2].dtype)
+    if take is step:
+        out.mul_(scale)
+    return out.view(v.shape).to(v.dtype)
 
 
 def _group_size(S: torch.Tensor) -> int:
@@ -141,14 +159,18 @@ def _group_size(S: torch.Tensor) -> int:
     return max(1, GROUP_ELEMENTS // (S.shape[1] * S.shape[2]))
 
 
-def _walk(inputs, S0: torch.Tensor, S: torch.Tensor, states: States, runs: Runs, scale: float, take: Step):
+def _walk(
+    inputs, normed: bool, S0: torch.Tensor, S: torch.Tensor, states: States, runs: Runs, scale: float, take: Step
+):
     """Take states S0 [N * HV, K', V'] over all tokens into S, and return o."""
-    HV, dtype, o = inputs[2].shape[2], S.dtype, inputs[2].new_empty(inputs[2].shape)
+    HV, K, dtype, o = inputs[2].shape[2], inputs[0].shape[3], S.dtype, inputs[2].new_empty(inputs[2].shape)
     tokens, heads, block = [flat(x) for x in inputs], slice(0, HV), math.gcd(BLOCK_TOKENS, states.interval)
     for first in range(0, runs.longest, block):
         L, n = min(block, runs.longest - first), runs.running(first)
         states.keep(S, runs, first, heads)
         blocks = [by_token(x, runs, first, L, heads, HV, dtype) for x in tokens]
+        if normed:
+            l2norm_(blocks[0][..., :K]), l2norm_(blocks[1][..., :K])
         rows = [x.view(L, n * HV, 1, x.shape[3]) for x in blocks]
         out = torch.empty_like(rows[2])
         _over(S if first else S0, S, [runs.running(first + t) * HV for t in range(L)], rows, out, take)
@@ -161,16 +183,14 @@ def _over(S0: torch.Tensor, S: torch.Tensor, counts: list[int], rows, out: torch
 
     rows: q, k, v, g, beta [L, counts[0], 1, channels]; out [L, counts[0], 1, V] receives S^T q.
     """
-    q, k, v, g, beta = rows
-    rows = (q, k, v, g.exp_().mT, beta, out)
     size = _group_size(S)
-    parts = zip(S0.split(size), S.split(size), *(x.split(size, 1) for x in rows), strict=False)
+    parts = zip(S0.split(size), S.split(size), *(x.split(size, 1) for x in (*rows, out)), strict=False)
     for first, (before, after, *group) in zip(range(0, counts[0], size), parts, strict=False):
         _group_over(before, after, [min(size, count - first) for count in counts], group, take)
 
 
 def _group_over(S0: torch.Tensor, S: torch.Tensor, counts: list[int], rows, take: Step) -> None:
-    """Take the states of one group over a block of tokens; rows are q, k, v, alpha, beta, out, counts[t] may be < 1."""
+    """Take the states of one group over a block of tokens; rows are q, k, v, g, beta, out, counts[t] may be < 1."""
     for m, *token in zip(counts, *(x.unbind() for x in rows), strict=True):
         if m < 1:
             return
@@ -180,4 +200,26 @@ def _group_over(S0: torch.Tensor, S: torch.Tensor, counts: list[int], rows, take
         S0 = S
 
 
+def _forward(q, k, v, g, beta, *rest):
+    return _stepwise((q, k, v, g, beta), False, *rest)
+
+
+def _forward_raw(
+    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, normed, gate,
+    sigmoid, state_v_first, output_final_state, state_interval, launch,
+):  # fmt: skip
+    dtype = compute_dtype(v)
+    if gate != "none":
+        g = log_decay(g, A_log, dt_bias, lower_bound, dtype)
+    if sigmoid != "none":
+        beta = write_strength(beta, sigmoid == "twice", dtype)
+    if state_v_first and initial_state is not None:
+        initial_state = initial_state.mT
+    packing = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+    asked = (scale, output_final_state, state_interval, launch)
+    o, S, h = _stepwise((q, k, v, g, beta), normed, initial_state, packing, *asked)
+    return (o, value_first(S), value_first(h)) if state_v_first else (o, S, h)
+
+
 op = register("recurrent_torch", _forward, adjoint)
+op_raw = register_raw("recurrent_torch_raw", _forward_raw, kept_dtype=lambda v: v.dtype)

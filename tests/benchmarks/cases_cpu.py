@@ -29,6 +29,8 @@ class Case:
     normed: bool = False
     state: bool = False
     rounds: int = 7
+    calls: int = 1
+    """Calls in a row that one sample is the mean of."""
 
     @property
     def sizes(self) -> Sizes:
@@ -49,8 +51,8 @@ CASES = (
     Case("t4096-h16", 1, 4096, 16, RECURRENT, 7, NAIVE),
     Case("t4096-h16-bf16", 1, 4096, 16, RECURRENT, 10, dtype="bfloat16"),
     Case("mixed-h32", 1, sum(MIXED), 32, RECURRENT, 7, lengths=MIXED, normed=True),
-    Case("decode-b1-h32", 1, 1, 32, RECURRENT, 4, NAIVE[1:], normed=True, state=True, rounds=200),
-    Case("decode-b16-h32", 16, 1, 32, RECURRENT, 8, NAIVE[1:], normed=True, state=True, rounds=30),
+    Case("decode-b1-h32", 1, 1, 32, RECURRENT, 4, NAIVE[1:], normed=True, state=True, rounds=30, calls=40),
+    Case("decode-b16-h32", 16, 1, 32, RECURRENT, 8, NAIVE[1:], normed=True, state=True, rounds=10, calls=10),
 )
 
 

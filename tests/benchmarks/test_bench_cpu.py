@@ -1,23 +1,26 @@
 """Time prefill and decode on a CPU against everybody else's, in common rounds; `make bench` measures.
 
-pytest-benchmark times ours; what is compared runs in the setup of each of its rounds, in the same process, and ratios
-are taken within a round. Without --benchmark-enable nothing runs.
+pytest-benchmark times ours; what is compared runs in the setup of each of its rounds, ours in the same process and
+each peer in one of its own, and ratios are taken within a round. The peer of a decode step runs in ours too. Without
+--benchmark-enable nothing runs.
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cases_cpu import CASES, Case, draw
-from limits_cpu import measured, seconds
-from peers_cpu import load, one_by_one
+from limits_cpu import in_a_row, measured, repeated, seconds
+from peers_cpu import apart, called
 
 from autotune.timing import Spread, ratio
 from impls import ChunkTorchConfig, RecurrentTorchConfig, kda, pages
@@ -48,17 +51,21 @@ def ours(case: Case, name: str, config):
     return partial(kda, *tokens, implementation=name, config=config, output_final_state=True, **keywords)
 
 
-def entrants(case: Case):
-    """Yield who runs beside ours: ours uncompiled, ours token by token, and the peers that are installed."""
+def here(case: Case) -> dict[str, Callable]:
+    """Return the calls that run beside ours in this process: ours uncompiled, ours token by token, a step's peer."""
     name = "recurrent_torch" if case.T == 1 else "chunk_torch"
-    yield f"{name}, uncompiled", ours(case, name, EAGER[name])
+    calls = {f"{name}, uncompiled": ours(case, name, EAGER[name])}
     if case.T > 1:
-        yield "recurrent_torch", ours(case, "recurrent_torch", CONFIGS["recurrent_torch"])
-    tokens, keywords = draw(case)
-    for peer in (case.peer, *case.others):
-        if (function := load(peer)) is not None:
-            function = one_by_one(function, case.bounds) if case.bounds else function
-            yield peer, partial(function, *tokens, **keywords)
+        calls["recurrent_torch"] = ours(case, "recurrent_torch", CONFIGS["recurrent_torch"])
+    elif (peer := called(case, case.peer)) is not None:
+        calls[f"{case.peer}, in our process"] = peer
+    return calls
+
+
+def agree(case: Case, expected, found) -> bool:
+    """Tell whether outputs and final states are the same result."""
+    pairs = zip(found, expected, strict=True)
+    return all((x.float() - y.float()).norm() <= DIFFERENCE[case.dtype] * y.float().norm() for x, y in pairs)
 
 
 def shares(case: Case, median_ms: float, machine: dict) -> dict[str, float | None]:
@@ -75,23 +82,27 @@ def shares(case: Case, median_ms: float, machine: dict) -> dict[str, float | Non
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(benchmark, found, threads, case):
     name = "recurrent_torch" if case.T == 1 else "chunk_torch"
-    call, others = ours(case, name, CONFIGS[name]), dict(entrants(case))
-    samples = {other: {} for other in others}
-    with torch.no_grad():
-        expected = call()
-        for run in others.values():
-            for x, y in zip(run(), expected, strict=True):
-                assert (x.float() - y.float()).norm() <= DIFFERENCE[case.dtype] * y.float().norm()
-        turn = iter(range(10**6))
+    call, beside = ours(case, name, CONFIGS[name]), here(case)
+    with torch.no_grad(), contextlib.ExitStack() as processes:
+        expected, others = call(), {other: partial(in_a_row, run, case.calls) for other, run in beside.items()}
+        for run in beside.values():
+            assert agree(case, expected, run())
+        for peer in (case.peer, *case.others):
+            if (run := called(case, peer)) is not None:
+                assert agree(case, expected, run())
+                others[peer] = processes.enter_context(apart(case, peer))
+        samples, turn = {other: {} for other in others}, iter(range(10**6))
 
         def round_of_the_others():
             number = next(turn)
-            for other, run in random.Random(number).sample(list(others.items()), len(others)):
+            for other, timed in random.Random(number).sample(list(others.items()), len(others)):
                 if number < LEAST_ROUNDS or samples[other][0] < SLOW_SECONDS * 1e3:
-                    samples[other][number] = seconds(run) * 1e3
+                    samples[other][number] = timed() * 1e3
+            call()  # untimed, as in `in_a_row`
 
-        benchmark.pedantic(call, setup=round_of_the_others, rounds=case.rounds, iterations=1)
-    mine = dict(enumerate(x * 1e3 for x in benchmark.stats.stats.data))
+        several = partial(repeated, call, case.calls)
+        benchmark.pedantic(several, setup=round_of_the_others, rounds=case.rounds, iterations=1)
+    mine = dict(enumerate(x * 1e3 / case.calls for x in benchmark.stats.stats.data))
     if "machine" not in found:
         found["machine"] = measured()
     spread = Spread.of(list(mine.values()))
