@@ -4,10 +4,10 @@ import argparse
 import sys
 import traceback
 
-from autotune import bench
+from autotune import bench, space
 from autotune.outcomes import CRASH, INTERRUPTED, USAGE, UsageError
 
-COMMANDS = {"bench": bench}
+COMMANDS = {"bench": bench, "space": space}
 """Modules with SUMMARY, configure(parser) and run(arguments) -> exit code."""
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields
 
 CHUNK_SIZES = (16, 32, 64, 128)
 TRITON_CHUNK_SIZES = (16, 32, 64)
+SHARED = "shared"
+"""The part of a configuration that every kernel depends on."""
 SMALLEST_TILE = 16
 """Fewest rows that a matrix instruction sums over."""
 
@@ -116,3 +118,46 @@ _INVALID = {
     ChunkTritonConfig: _invalid_triton,
     RecurrentTritonConfig: _invalid_triton,
 }
+
+TUNABLES: dict[type, dict[str, dict[str, tuple]]] = {
+    ChunkTorchConfig: {
+        SHARED: {
+            "chunk_size": CHUNK_SIZES,
+            "block_tokens": (32, 64, 128, 256, 512),
+            "heads": (4, 8, 16, 32),
+            "compile": (False, True),
+        }
+    },
+    RecurrentTorchConfig: {SHARED: {"compile": (False, True)}},
+    ChunkTritonConfig: {
+        SHARED: {
+            "chunk_size": TRITON_CHUNK_SIZES,
+            "value_tile": (16, 32, 64, 128, 256),
+            "segments": (0, 1, 2, 4, 8, 16),
+            "recompute": (False, True),
+            "intra_tiles": (1, 2),
+        },
+        "intra": {
+            "intra_warps": (1, 2, 4, 8),
+            "intra_stages": (1, 2),
+            "intra_contiguity": (1, 2, 4, 8),
+            "intra_registers": (0, 128, 168, 248),
+        },
+        "walk": {
+            "walk_warps": (1, 2, 4, 8),
+            "walk_stages": (1, 2, 3, 4),
+            "walk_contiguity": (1, 2, 4, 8),
+            "walk_registers": (0, 128, 168, 248),
+        },
+    },
+    RecurrentTritonConfig: {
+        SHARED: {
+            "value_tile": (16, 32, 64, 128),
+            "warps": (1, 2, 4, 8),
+            "stages": (1, 2, 3),
+            "registers": (0, 128, 168),
+        }
+    },
+}
+"""kind -> part -> field -> the values worth trying, in order. A kernel's own fields are a part: given the shared ones,
+its time depends on no other part's."""
