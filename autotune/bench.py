@@ -35,6 +35,7 @@ from autotune.outcomes import (
 )
 from autotune.store import Store, read
 from autotune.timing import Box, Stopwatch, stopwatch
+from impls.devices import slug
 from impls.peers import PEERS, installed
 from impls.table import IMPLEMENTATIONS, Impl
 from verify.plan import PROFILES
@@ -150,7 +151,7 @@ def _options(args: argparse.Namespace) -> Options:
         cases=selected(args.cases),
         names=_names(args.implementations),
         profile=args.profile,
-        out=args.out or Path("results") / f"bench-{provenance.slug(device['name'])}-{today}.json",
+        out=args.out or Path("results") / f"bench-{slug(device['name'])}-{today}.json",
         fresh=args.fresh,
         note=args.note,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from autotune.outcomes import UsageError
+from impls.devices import named
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURING = ("cases.py", "contest.py", "floors.py", "timing.py")
@@ -40,7 +41,7 @@ def described(device: str) -> dict:
     if device == "cpu":
         return {
             "kind": "cpu",
-            "name": _processor(),
+            "name": named("cpu")["name"],
             "driver": None,
             "units": os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -56,11 +57,6 @@ def described(device: str) -> dict:
         "capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda or f"hip {torch.version.hip}",
     }
-
-
-def slug(name: str) -> str:
-    """Return a device's name as it stands in a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
@@ -98,13 +94,6 @@ def git(root: Path = ROOT) -> dict | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit, "changed": bool(changes)}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, None) or platform.processor() or platform.machine()
 
 
 def _driver() -> str | None:

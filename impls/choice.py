@@ -1,37 +1,68 @@
 """Settle the configuration of one call: the caller's, checked, or the default for the sizes and the target."""
 
 import os
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from functools import lru_cache
 
 from impls.configs import ChunkTorchConfig, ChunkTritonConfig, RecurrentTorchConfig, RecurrentTritonConfig, invalid
 from impls.defaults import CHUNK, default_chunk, default_recurrent
 from impls.footprint import misfit
 from impls.targets import Target
+from impls.tuned import Shape, looked_up
 
 
-def chunk_torch_config(config: ChunkTorchConfig | None, chunk_size: int | None, device: str) -> ChunkTorchConfig:
-    """Return the configuration to run on a kind of device, given what was asked for; None leaves it to the default.
+def chunk_torch_launch(config: ChunkTorchConfig | None, chunk_size: int | None, device: str) -> tuple[int, ...]:
+    """Return what the op is told: the fields of a configuration, or (C, compile) for one that fits the call's sizes.
 
-    The default compiles on a CPU where the environment says KDA_COMPILE=1. Raises TypeError for another kind of
-    configuration, ValueError for an invalid or a contradictory one, one that compiles elsewhere than on a CPU, and
-    another value of that variable.
+    There 0 stands for any C, and -1 for compiling where the tuned configuration says so: the environment variable
+    KDA_COMPILE says 0 or 1. Raises TypeError for another kind of configuration, ValueError for an invalid or a
+    contradictory one, one that compiles elsewhere than on a CPU, and another value of that variable.
     """
-    if config is None:
-        given = {} if chunk_size is None else {"chunk_size": chunk_size}
-        config = ChunkTorchConfig(compile=_compile_wanted() and device == "cpu", **given)
-    return _compilable(_accepted(config, ChunkTorchConfig, "chunk_torch", chunk_size), device)
+    if config is not None:
+        return _numbers(_compilable(_accepted(config, ChunkTorchConfig, "chunk_torch", chunk_size), device))
+    if chunk_size is not None:
+        _accepted(ChunkTorchConfig(chunk_size=chunk_size, block_tokens=max(chunk_size, 1)), ChunkTorchConfig, "")
+    return chunk_size or 0, _compile_wanted(device)
 
 
-def recurrent_torch_config(
+def recurrent_torch_launch(
     config: RecurrentTorchConfig | None, chunk_size: int | None, device: str
-) -> RecurrentTorchConfig:
-    """Return the configuration to run; as `chunk_torch_config`."""
+) -> tuple[int, ...]:
+    """Return what the op is told: whether to compile, -1 for where the tuned file says so; as `chunk_torch_launch`."""
     if chunk_size is not None:
         raise ValueError(f"chunk_size must be None for recurrent_torch, which has no chunks, got {chunk_size}")
     if config is None:
-        return RecurrentTorchConfig(compile=_compile_wanted() and device == "cpu")
-    return _compilable(_accepted(config, RecurrentTorchConfig, "recurrent_torch"), device)
+        return (_compile_wanted(device),)
+    return _numbers(_compilable(_accepted(config, RecurrentTorchConfig, "recurrent_torch"), device))
+
+
+def chunk_torch_config(launch: tuple[int, ...], device: str, shape: Shape, interval: int = 0) -> ChunkTorchConfig:
+    """Return the configuration that `chunk_torch_launch` stands for: given, else tuned for the shape, else the default.
+
+    interval: tokens between the states that are kept, a multiple of C; 0 where none are.
+    """
+    if len(launch) > 2:
+        return ChunkTorchConfig(*launch[:3], compile=bool(launch[3]))
+    C, compile = launch
+    found = looked_up("chunk_torch", device, shape, interval or None)
+    config = found.config if found and C in (0, found.config.chunk_size) else _default_chunk_torch(C)
+    return replace(config, compile=_compiles(compile, config, device))
+
+
+def recurrent_torch_config(launch: tuple[int, ...], device: str, shape: Shape) -> RecurrentTorchConfig:
+    """Return the configuration that `recurrent_torch_launch` stands for; as `chunk_torch_config`."""
+    found = looked_up("recurrent_torch", device, shape) if launch[0] < 0 else None
+    config = found.config if found else RecurrentTorchConfig()
+    return RecurrentTorchConfig(compile=_compiles(launch[0], config, device))
+
+
+def _default_chunk_torch(C: int) -> ChunkTorchConfig:
+    config = ChunkTorchConfig()
+    return replace(config, chunk_size=C, block_tokens=max(C, config.block_tokens)) if C else config
+
+
+def _compiles(wanted: int, config, device: str) -> bool:
+    return (config.compile if wanted < 0 else wanted == 1) and device == "cpu"
 
 
 def chunk_triton_launch(config: ChunkTritonConfig | None, chunk_size: int | None) -> tuple[int, ...]:
@@ -75,11 +106,12 @@ def recurrent_triton_config(
     return _fitting(config, K, V, dtype, target)
 
 
-def _compile_wanted() -> bool:
-    value = os.environ.get("KDA_COMPILE", "0")
-    if value not in ("0", "1"):
+def _compile_wanted(device: str) -> int:
+    """Return 1 or 0 where the environment says so, on a CPU, else -1."""
+    value = os.environ.get("KDA_COMPILE", "-1")
+    if value not in ("0", "1", "-1"):
         raise ValueError(f"the environment variable KDA_COMPILE must be 0 or 1, got {value!r}")
-    return value == "1"
+    return int(value) if device == "cpu" else -1
 
 
 def _compilable(config, device: str):

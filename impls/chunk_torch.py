@@ -19,7 +19,7 @@ from impls.activations import compute_dtype, l2norm_, log_decay, write_strength
 from impls.adjoint_torch import adjoint
 from impls.call import call_activated, call_raw, value_first
 from impls.checks import bounds_of, wants_gradient
-from impls.choice import chunk_torch_config
+from impls.choice import chunk_torch_config, chunk_torch_launch
 from impls.compiler_cpu import can_compile, compiled
 from impls.configs import ChunkTorchConfig
 from impls.pages import room
@@ -28,18 +28,18 @@ from impls.schedule import Activation, Span, blocks, gather, scatter
 from impls.sequences import flat, padded, runs_of
 from impls.states import States
 from impls.tree_torch import within_chunks
+from impls.tuned import shape_of
 
 
 def chunk_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     """Return (o [B, T, HV, V], final state [N, HV, K, V] or None); arguments as `impls.chunk_kda`.
 
-    config: a ChunkTorchConfig. Raises as `choice.chunk_torch_config` and `call.call_activated` do.
+    config: a ChunkTorchConfig. Raises as `choice.chunk_torch_launch` and `call.call_activated` do.
     """
-    config = chunk_torch_config(config, chunk_size, q.device.type)
-    launch = (config.chunk_size, config.block_tokens, config.heads, int(config.compile))
+    launch = chunk_torch_launch(config, chunk_size, q.device.type)
     others = (keywords.get(name) for name in ("initial_state", "A_log", "dt_bias"))
     call, to = (call_activated, op) if wants_gradient((q, k, v, g, beta, *others)) else (call_raw, op_raw)
-    return call(to, q, k, v, g, beta, launch=launch, chunk_size=config.chunk_size, **keywords)
+    return call(to, q, k, v, g, beta, launch=launch, chunk_size=launch[0] or ChunkTorchConfig.chunk_size, **keywords)
 
 
 def over_chunk(A, X, rows, k_after, total, v, scale, o, S) -> None:
@@ -120,7 +120,7 @@ def _blockwise(
 ):
     q, _, v, *_ = tokens
     B, T, HV, _ = v.shape
-    config = ChunkTorchConfig(*launch[:3], compile=bool(launch[3]))
+    config = chunk_torch_config(tuple(launch), str(v.device), shape_of(q, v, cu_seqlens), state_interval)
     runs = runs_of(B, T, bounds_of(cu_seqlens, T))
     states = States(initial_state, q, v, cu_seqlens, runs, state_interval, filled=False)
     states.fill_some(runs.part(slice(runs.running(0), None)), slice(0, HV))  # those without a token

@@ -20,11 +20,12 @@ from impls.activations import L2NORM_EPSILON, compute_dtype, l2norm_, log_decay,
 from impls.adjoint_torch import adjoint
 from impls.call import call_activated, call_raw, value_first
 from impls.checks import bounds_of, wants_gradient
-from impls.choice import recurrent_torch_config
+from impls.choice import recurrent_torch_config, recurrent_torch_launch
 from impls.compiler_cpu import can_compile, compiled
 from impls.registration import register, register_raw
 from impls.sequences import Runs, by_token, flat, runs_of, scatter
 from impls.states import States
+from impls.tuned import shape_of
 
 BLOCK_TOKENS = 64
 GROUP_ELEMENTS = 2**20
@@ -38,9 +39,9 @@ Step = Callable[..., None]
 def recurrent_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     """Return (o [B, T, HV, V], final state [N, HV, K, V] or None); arguments as `impls.fused_recurrent_kda`.
 
-    config: a RecurrentTorchConfig. Raises as `choice.recurrent_torch_config` and `call.call_activated` do.
+    config: a RecurrentTorchConfig. Raises as `choice.recurrent_torch_launch` and `call.call_activated` do.
     """
-    launch = (int(recurrent_torch_config(config, chunk_size, q.device.type).compile),)
+    launch = recurrent_torch_launch(config, chunk_size, q.device.type)
     others = (keywords.get(name) for name in ("initial_state", "A_log", "dt_bias"))
     call, to = (call_activated, op) if wants_gradient((q, k, v, g, beta, *others)) else (call_raw, op_raw)
     return call(to, q, k, v, g, beta, launch=launch, chunk_size=1, **keywords)
@@ -115,7 +116,8 @@ def _stepwise(inputs, normed: bool, initial_state, cu_seqlens, scale, output_fin
     states = States(initial_state, inputs[0], inputs[2], cu_seqlens, runs, state_interval, filled=False)
     S0, S = states.open(runs)
     alone = runs.longest == 1 and runs.adjacent and S.shape[1:] == (K, V) and not state_interval
-    if launch[0] and T and can_compile():
+    config = recurrent_torch_config(tuple(launch), str(S.device), shape_of(inputs[0], inputs[2], cu_seqlens))
+    if config.compile and T and can_compile():
         take = _stepper(*S.shape[1:], S.dtype, torch.get_num_threads(), *((scale, normed) if alone else (1.0, False)))
     else:
         take = step

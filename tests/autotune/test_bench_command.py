@@ -15,6 +15,7 @@ from autotune import bench, judge, provenance, store
 from autotune.__main__ import main
 from autotune.outcomes import BoxOver, DeviceLost, worst
 from autotune.timing import Box
+from impls.devices import slug
 from verify import session
 
 ROOT = Path(__file__).parents[2]
@@ -245,7 +246,7 @@ def test_results_go_to_a_file_of_the_device_and_the_day(quick):
     assert main(["bench", "--cases", "small-bounded"]) == 0
     [path] = Path("results").iterdir()
     assert re.fullmatch(
-        rf"bench-{provenance.slug(provenance.described('cpu')['name'])}-\d{{4}}-\d\d-\d\d.json", path.name
+        rf"bench-{slug(provenance.described('cpu')['name'])}-\d{{4}}-\d\d-\d\d.json", path.name
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from autotune import provenance, store
+from impls.devices import slug
 
 
 def valid_device(described: dict) -> None:
@@ -39,10 +40,10 @@ def test_a_gpu_is_described_with_its_driver(monkeypatch, answer, driver):
 
 
 @pytest.mark.parametrize(
-    ("name", "slug"), [("NVIDIA H200", "nvidia-h200"), ("Intel(R) Xeon(R) @ 2.1GHz", "intel-r-xeon-r-2-1ghz")]
+    ("name", "expected"), [("NVIDIA H200", "nvidia-h200"), ("Intel(R) Xeon(R) @ 2.1GHz", "intel-r-xeon-r-2-1ghz")]
 )
-def test_a_device_has_a_name_for_files(name, slug):
-    assert provenance.slug(name) == slug
+def test_a_device_has_a_name_for_files(name, expected):
+    assert slug(name) == expected
 
 
 def test_versions_name_what_is_missing_too():

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autotune import provenance
+from impls.devices import slug
 
 FOUND = pytest.StashKey[dict]()
 
@@ -79,7 +80,7 @@ def write(found: dict, folder: Path) -> Path:
     What a file of the same day and sources holds beyond it stays: a run of one case loses none of the others.
     """
     device, sources, today = provenance.described("cpu"), provenance.sources(), datetime.now(UTC)
-    path = folder / f"cpu-{provenance.slug(device['name'])}-{today:%Y-%m-%d}-{sources[:8]}.json"
+    path = folder / f"cpu-{slug(device['name'])}-{today:%Y-%m-%d}-{sources[:8]}.json"
     before = json.loads(path.read_text()) if path.exists() else {"cases": []}
     cases = {case["name"]: case for case in (*before["cases"], *found["cases"])}
     data = before | {
