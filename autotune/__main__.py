@@ -1,13 +1,13 @@
-"""Time implementations of Kimi Delta Attention on one device."""
+"""Time implementations of Kimi Delta Attention on one device, and choose how they run there."""
 
 import argparse
 import sys
 import traceback
 
-from autotune import bench, space
+from autotune import bench, show, space, tune
 from autotune.outcomes import CRASH, INTERRUPTED, USAGE, UsageError
 
-COMMANDS = {"bench": bench, "space": space}
+COMMANDS = {"bench": bench, "space": space, "tune": tune, "show": show}
 """Modules with SUMMARY, configure(parser) and run(arguments) -> exit code."""
 
 

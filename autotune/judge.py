@@ -1,9 +1,12 @@
 """Run `python -m verify` in a process of its own and take in its verdicts: nothing unverified is ranked."""
 
+import json
+import math
 import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from autotune.outcomes import BoxOver
@@ -38,11 +41,35 @@ def verified(names: list[str], device: str, profile: str, box: Box) -> dict[str,
     return {name: _verdict(name, lines) for name in names}
 
 
-def _run(command: list[str], box: Box) -> None:
+def verified_config(
+    name: str, config: object, device: str, profile: str, head_dims: tuple[int, ...], quiet: bool
+) -> dict:
+    """Judge one configuration of an implementation, K and V out of `head_dims`; returns its verdict in JSON values."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, given = Path(folder) / "records.jsonl", Path(folder) / "config.json"
+        given.write_text(json.dumps(asdict(config)))
+        dims = ",".join(map(str, head_dims))
+        command = [
+            sys.executable,
+            "-m",
+            "verify",
+            name,
+            "--device",
+            device,
+            "--profile",
+            profile,
+            "--config",
+            str(given),
+        ]
+        _run([*command, "--head-dims", dims, "--json", str(path)], Box(math.inf), subprocess.DEVNULL if quiet else None)
+        return _verdict(name, records.read(path) if path.is_file() else [])
+
+
+def _run(command: list[str], box: Box, output: int | None = None) -> None:
     # A session of its own: Ctrl-C reaches it once, from here, and not a second time while it is ending its workers.
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True, stdout=output)
     try:
-        process.wait(timeout=box.left)
+        process.wait(timeout=box.left if box.left < math.inf else None)
     except subprocess.TimeoutExpired:
         raise BoxOver from None
     finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from impls.checks import MAX_HEAD_DIM
 from impls.table import IMPLEMENTATIONS
 from verify import display, records, replay, session
 from verify.choice import Choice, UsageError, choose
@@ -56,6 +57,7 @@ class Options:
     dtypes: tuple[str, ...]
     seed: int
     examples: int | None
+    head_dims: tuple[int, ...]
     config: str | None
     contract: str | None
     json: Path | None
@@ -90,6 +92,8 @@ def _add_domain(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", metavar="NAME,...", help=f"input dtypes out of {', '.join(DTYPES)}; default by profile")
     seed = "which recipes are drawn (default 0); equal seeds, equal recipes"
     p.add_argument("--seed", type=int, default=0, metavar="N", help=seed)
+    dims = "draw K and V out of these, up to 256; default small ones of every kind"
+    p.add_argument("--head-dims", metavar="N,...", help=dims)
     p.add_argument("--max-examples", type=int, metavar="N", help="recipes per dtype instead of the profile's number")
     p.add_argument(
         "--contract",
@@ -185,11 +189,19 @@ def _options(args: argparse.Namespace) -> Options:
         dtypes=_names(args.dtype, DTYPES, "dtype") or profile.dtypes,
         seed=args.seed,
         examples=args.max_examples,
+        head_dims=_head_dims(args.head_dims),
         config=args.config,
         contract=args.contract,
         json=args.json,
         out=args.out,
     )
+
+
+def _head_dims(text: str | None) -> tuple[int, ...]:
+    sizes = tuple(text.split(",")) if text is not None else ()
+    if wrong := [x for x in sizes if not x.isdecimal() or not 1 <= int(x) <= MAX_HEAD_DIM]:
+        raise UsageError(f"--head-dims must be numbers from 1 to {MAX_HEAD_DIM}, got {wrong[0]!r}")
+    return tuple(map(int, sizes))
 
 
 def _check_kinds(args: argparse.Namespace, targets: tuple[str, ...]) -> None:
@@ -265,6 +277,7 @@ def _plan(options: Options, name: str, device: str) -> Plan:
         properties=options.properties,
         config=options.config,
         contract=options.contract,
+        head_dims=options.head_dims,
     )
 
 

@@ -48,6 +48,8 @@ INTERPRETED = {
     ("smoke", "recurrent"): Budget(asked=2, tokens=8, units=1_000, shrinking=200),
     ("quick", "chunk"): Budget(asked=4, tokens=33, units=800, shrinking=100),
     ("quick", "recurrent"): Budget(asked=4, tokens=12, units=4_000, shrinking=500),
+    ("tune", "chunk"): Budget(asked=4, tokens=33, units=8_000, shrinking=100),
+    ("tune", "recurrent"): Budget(asked=4, tokens=12, units=40_000, shrinking=100),
     ("ci", "chunk"): Budget(asked=20, tokens=65, units=8_000, shrinking=300),
     ("ci", "recurrent"): Budget(asked=20, tokens=17, units=40_000, shrinking=1_500),
     ("deep", "chunk"): Budget(asked=400, tokens=130, units=200_000, shrinking=1_000),

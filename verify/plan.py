@@ -24,6 +24,15 @@ PROFILES = {
             "quick", "before every commit: under a minute on two cores", 32, 33, 200_000, 150, ("float32", "bfloat16")
         ),
         Profile(
+            "tune",
+            "one configuration before it may be chosen, with --head-dims: a minute",
+            12,
+            65,
+            4_000_000,
+            60,
+            ("float32", "bfloat16"),
+        ),
+        Profile(
             "ci", "before every merge: minutes", 200, 65, 400_000, 300, ("float32", "bfloat16", "float16", "float64")
         ),
         Profile(
@@ -52,6 +61,8 @@ class Plan:
     properties: tuple[str, ...] = ()
     config: str | None = None
     contract: str | None = None
+    head_dims: tuple[int, ...] = ()
+    """Draw K and V out of these; none: small ones of every kind."""
     recipe: dict | None = None
     """Judge this one recipe only, without drawing: a replay."""
     budgeted: bool = True

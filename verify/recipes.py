@@ -179,8 +179,10 @@ def recipes(
     chunks: tuple[int, ...] = (),
     heads: tuple[int, ...] = FEW,
     tall: tuple[int, ...] = TALL,
+    head_dims: tuple[int, ...] = DIMS,
 ) -> Recipe:
-    """Draw a recipe: dtype out of `dtypes`, chunk sizes out of `chunks` or the default, B, H and HV / H out of `heads`.
+    """Draw a recipe: dtype out of `dtypes`, chunk sizes out of `chunks` or the default, B, H and HV / H out of `heads`,
+    K and V out of `head_dims`.
 
     A sequence has at most `tokens` tokens, half as many where up to four are packed; or one of `tall` and a narrow
     head. `work` bounds B*HV*T*K*V, the cost of a sequential pass: heads and batches shrink first, then the dimensions.
@@ -190,7 +192,7 @@ def recipes(
     several = st.lists(_tokens(tokens // 2, (0, *tall[:1])), min_size=1, max_size=4)
     lengths = tuple(draw(several)) if packed else ()
     T = sum(lengths) if packed else 0 if style == "empty" else draw(_tokens(tokens, tall))
-    few, dims = st.sampled_from(heads), st.sampled_from(DIMS)
+    few, dims = st.sampled_from(heads), st.sampled_from(head_dims)
     K, V, B, H, G = draw(dims), draw(dims), 1 if packed else draw(few), draw(few), draw(few)
     if max(lengths, default=T) > tokens:
         B, H, G, K, V = 1, 1, 1, min(K, 8), min(V, 8)

@@ -14,7 +14,7 @@ from verify.budget import HEADS, INTERPRETED, Budget
 from verify.claims import Property
 from verify.plan import PROFILES, Plan
 from verify.properties import PROPERTIES
-from verify.recipes import AXES, DTYPES, Recipe, draw, drawn, from_json, recipes
+from verify.recipes import AXES, DIMS, DTYPES, Recipe, draw, drawn, from_json, recipes
 from verify.targets import Target, TargetError, resolve
 from verify.trial import Measure, TargetRaised, Trial
 
@@ -202,11 +202,11 @@ def _budget(plan: Plan, target: Target) -> Budget | None:
 
 def _recipes(plan: Plan, target: Target, dtypes: tuple[str, ...], chunks: tuple[int, ...]):
     """Return the recipes of a plan: those of its profile, smaller in the interpreter."""
-    profile = PROFILES[plan.profile]
+    profile, head_dims = PROFILES[plan.profile], plan.head_dims or DIMS
     if plan.device != "interpret":
-        return recipes(dtypes, tokens=profile.tokens, work=profile.work, chunks=chunks)
-    tokens = INTERPRETED[plan.profile, target.form].tokens
-    return recipes(dtypes, tokens=tokens, work=profile.work, chunks=chunks, heads=HEADS, tall=())
+        return recipes(dtypes, tokens=profile.tokens, work=profile.work, chunks=chunks, head_dims=head_dims)
+    tokens, work = INTERPRETED[plan.profile, target.form].tokens, profile.work
+    return recipes(dtypes, tokens=tokens, work=work, chunks=chunks, heads=HEADS, tall=(), head_dims=head_dims)
 
 
 def _strategy(plan: Plan, target: Target, dtype: str):

@@ -1,0 +1,298 @@
+"""Choose the launch configuration of an operation on this machine, and write it where the operation finds it.
+
+1. Points that cannot run, or would run the same, are left out (python -m autotune space).
+2. Candidates that Optuna proposes are compared with the default's outputs, then timed beside it in common rounds.
+3. The quickest race the default in a new process; what cannot be told from it, or gains less than 1%, does not win.
+4. python -m verify judges the winner, with exactly this configuration; one that fails is passed over for the next.
+
+Every trial is on the disk when it ends: after Ctrl-C or a crash the same command goes on. --budget bounds 2; the race
+takes half a minute more, the judge 15 seconds, or a minute for what is compiled.
+"""
+
+import argparse
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from autotune import clock, display, judge, provenance, tuned_files
+from autotune.cases import Case
+from autotune.outcomes import FAILED, PASS, BoxOver, UsageError
+from autotune.search import MEASURED, Outcome, Search
+from autotune.space import DTYPES, Setting, Space, space_of
+from autotune.store import now
+from autotune.timing import Box
+from impls import tuned
+from impls.devices import named, slug
+from impls.plan import Problem
+from impls.table import IMPLEMENTATIONS, Impl
+from verify.session import PASS as VERIFIED
+
+SUMMARY = "choose the configuration of an operation on this machine"
+OPS = {"chunk_kda": "chunk", "fused_recurrent_kda": "recurrent"}
+"""Public operation -> form of the implementations behind it."""
+WITHIN, FINALISTS = 0.10, 5
+PROFILE = "tune"
+EPILOG = """\
+exit code  0 tuned, or the default stays; 1 nothing passed verification; 2 usage; 130 interrupted
+
+examples   python -m autotune tune --op chunk_kda --tokens 4096 --heads 16 --budget 120s
+           python -m autotune tune --op chunk_kda --fix compile=false --budget 60s
+           KDA_CONFIG_DIR=. python -m autotune tune --out . ...           keep the file elsewhere, and use it
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, checked."""
+
+    implementation: Impl
+    device: str
+    case: Case
+    dtype: str
+    seconds: float
+    fixed: dict[str, object]
+    out: Path
+    name: str
+    """The device's name, or the one that the file is written for."""
+    seed: int
+    fresh: bool
+    json: bool
+
+    @property
+    def shape(self) -> tuned.Shape:
+        """Return the shape in the terms of a lookup."""
+        sizes = self.case.sizes
+        return tuned.Shape(sizes.T, sizes.N, sizes.HV, sizes.K, sizes.V, self.dtype, self.case.lengths is not None)
+
+    @property
+    def problem(self) -> Problem:
+        """Return the shape in the terms of a plan."""
+        s = self.case.sizes
+        return Problem(
+            B=s.B, T=s.T, N=s.N, H=s.H, HV=s.HV, K=s.K, V=s.V, dtype=self.dtype, packed=self.case.lengths is not None
+        )
+
+
+def configure(p: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    p.epilog = EPILOG
+    names = [*OPS, *(row.name for row in IMPLEMENTATIONS)]
+    p.add_argument("--op", default="chunk_kda", metavar="NAME", help=f"{', '.join(names)}; default %(default)s")
+    p.add_argument("--device", default="cpu", help="cpu, the only one so far")
+    p.add_argument("--tokens", type=int, default=4096, metavar="T", help="tokens of a sequence (default %(default)s)")
+    p.add_argument("--heads", type=int, default=16, metavar="H", help="default %(default)s")
+    p.add_argument("--sequences", type=int, default=1, metavar="N", help="batch size (default %(default)s)")
+    p.add_argument("--head-dim", type=int, default=128, metavar="K", help="K = V (default %(default)s)")
+    p.add_argument("--dtype", default="float32", choices=DTYPES, help="default %(default)s")
+    p.add_argument("--budget", default="120s", metavar="N[s|m]", help="time for the search (default %(default)s)")
+    fixed = "do not search this field; may be repeated"
+    p.add_argument("--fix", action="append", default=[], metavar="FIELD=VALUE", help=fixed)
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="folder of tuned files (default the user's cache)")
+    p.add_argument("--as", dest="name", metavar="DEVICE", help="write the file for a device of this name")
+    p.add_argument("--seed", type=int, default=0, help="of the search (default %(default)s)")
+    p.add_argument("--fresh", action="store_true", help="forget the trials of earlier runs")
+    p.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    options, page = _options(args), display.console()
+    page.quiet = options.json
+    path = tuned.path_of(options.out, options.implementation.name, options.name)
+    tuned_files.opened(path)
+    space = space_of(options.implementation, Setting(options.problem), options.fixed)
+    bench = clock.Bench(
+        options.implementation.name, options.case, options.dtype, options.device, torch.get_num_threads()
+    )
+    search = _search(options, space)
+    default = options.implementation.config(**options.fixed)
+    _searched(search, clock.Clock(bench, default, Box(options.seconds)), page)
+    page.print("the quickest race the default in a new process")
+    finalists = search.best(WITHIN, FINALISTS)
+    standings = clock.ranked(clock.raced(bench, finalists, default, clock.FINAL.seconds))
+    winner, verdict = _verified(options, standings, page)
+    if winner is None:
+        page.print("[bold red]nothing passed verification[/]: no file was written", soft_wrap=True)
+        return FAILED
+    entry = _entry(options, winner, standings, verdict, len(search.outcomes))
+    tuned_files.save(path, _file(options, entry))
+    _told(options, page, entry, path, search)
+    return PASS
+
+
+def _options(args: argparse.Namespace) -> Options:
+    if args.device != "cpu":
+        raise UsageError(f"--device must be cpu: GPUs are not tuned yet, got {args.device}")
+    for name in ("tokens", "heads", "sequences", "head_dim"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.head_dim > 256:
+        raise UsageError(f"--head-dim must be at most 256, got {args.head_dim}")
+    implementation = _implementation(args.op, args.device)
+    K = args.head_dim
+    return Options(
+        implementation=implementation,
+        device=args.device,
+        case=Case(f"tune-{args.op}", args.sequences, args.tokens, args.heads, K, K),
+        dtype=args.dtype,
+        seconds=_seconds(args.budget),
+        fixed=dict(_fixed(x, implementation) for x in args.fix),
+        out=args.out or tuned.folders()[-2],
+        name=args.name or named(args.device)["name"],
+        seed=args.seed,
+        fresh=args.fresh,
+        json=args.json,
+    )
+
+
+def _implementation(op: str, device: str) -> Impl:
+    rows = [row for row in IMPLEMENTATIONS if device in row.devices and op in (row.name, _op_of(row))]
+    if not rows:
+        known = [*OPS, *(row.name for row in IMPLEMENTATIONS if device in row.devices)]
+        raise UsageError(f"--op must be one of {', '.join(known)} on {device}, got {op}")
+    return rows[0]
+
+
+def _op_of(row: Impl) -> str:
+    return next(op for op, form in OPS.items() if form == row.form)
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([sm]?)", text)
+    if not found or float(found[1]) == 0:
+        raise UsageError(f"--budget must be seconds or minutes, as 120s or 2m, got {text!r}")
+    return float(found[1]) * (60 if found[2] == "m" else 1)
+
+
+def _fixed(text: str, implementation: Impl) -> tuple[str, object]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        raise UsageError(f"--fix must be FIELD=VALUE with a number, true or false, got {text!r}") from None
+
+
+def _search(options: Options, space: Space) -> Search:
+    """Open the study of this device, shape, space and these sources; its first points are those in use."""
+    shape = "-".join(str(x).lower() for x in options.shape)
+    name = f"{slug(named(options.device)['name'])}-{space.implementation}-{shape}-{space.fingerprint}"
+    folder = tuned.folders()[-2].with_name("studies")
+    path = folder / f"{name}-{provenance.sources()}.journal"
+    if options.fresh:
+        path.unlink(missing_ok=True)
+    found = tuned.looked_up(space.implementation, options.device, options.shape)
+    known = [options.implementation.config(**options.fixed), *([found.config] if found else [])]
+    return Search(space, path, name, options.seed, tuple(x for x in known if space.admits(x)))
+
+
+def _searched(search: Search, timer: clock.Clock, page: Console) -> None:
+    """Try configurations until the box is over or everything is known."""
+    known = len(search.outcomes)
+    page.print(f"{len(search.points)} points, {known} known from earlier runs", highlight=False)
+    with display.trials(page, len(search.points), known) as show:
+        while timer.box.left and (config := search.next(timer.box.left)) is not None:
+            show(_short(config, timer), 0)
+            try:
+                outcome = timer.outcome(config)
+            except BoxOver:
+                break
+            search.tell(config, outcome)
+            show(_best(search), 1)
+            page.print(_line(config, outcome), markup=False, highlight=False, soft_wrap=True)
+
+
+def _short(config, timer: clock.Clock) -> str:
+    return f"{timer.box.left:.0f} s left: {', '.join(str(x) for x in asdict(config).values())}"
+
+
+def _best(search: Search) -> str:
+    best = search.best(0, 1)
+    return f"best {search.outcomes[best[0]].ratio.median:.2f} of the default" if best else "nothing measured yet"
+
+
+def _line(config, outcome: Outcome) -> str:
+    told = _told_config(asdict(config))
+    if outcome.status != MEASURED:
+        return f"  {outcome.status:8} {told}: {outcome.message}"
+    return f"  {outcome.ratio.median:8.3f} {told}: {outcome.ms.median:.2f} ms"
+
+
+def _verified(options: Options, standings: list[clock.Standing], page: Console) -> tuple[clock.Standing | None, dict]:
+    """Return the first in the order that verify lets pass, and its verdict."""
+    row = options.implementation.name
+    for standing in standings:
+        page.print(f"python -m verify judges {_told_config(asdict(standing.config))}", soft_wrap=True, markup=False)
+        K = options.case.K
+        verdict = judge.verified_config(row, standing.config, options.device, PROFILE, (K,), page.quiet)
+        if verdict["code"] == VERIFIED:
+            return standing, verdict
+        page.print(f"[red]not chosen[/]: {escape(judge.told(verdict))}", soft_wrap=True)
+    return None, {}
+
+
+def _told_config(config: dict) -> str:
+    return ", ".join(f"{name}={x}" for name, x in config.items())
+
+
+def _entry(options: Options, winner: clock.Standing, standings: list, verdict: dict, trials: int) -> dict:
+    tied = [
+        asdict(x.config)
+        for x in standings
+        if x is not winner and abs(x.over_default.median / winner.over_default.median - 1) <= clock.TIE
+    ]
+    return {
+        "shape": options.shape._asdict(),
+        "config": asdict(winner.config),
+        "provenance": _provenance(),
+        "verified": {"profile": PROFILE, "outcome": verdict["outcome"], "counts": verdict["counts"]},
+        "timing": {
+            "ms": winner.ms.to_json(),
+            "over_default": winner.over_default.to_json(),
+            "ties": tied,
+            "noise": not winner.different,
+            "trials": trials,
+            "load": os.getloadavg()[0],
+        },
+    }
+
+
+def _provenance() -> dict:
+    return {
+        "versions": provenance.versions(("torch", "triton")),
+        "sources": provenance.sources(),
+        "date": now(),
+        "git": provenance.git(),
+        "environment": provenance.environment() | {"threads": str(torch.get_num_threads())},
+    }
+
+
+def _file(options: Options, entry: dict) -> dict:
+    return {
+        "schema": 1,
+        "kind": "tuned",
+        "implementation": options.implementation.name,
+        "device": named(options.device) | {"name": options.name},
+        "provenance": entry["provenance"],
+        "entries": [entry],
+        "default": None,
+    }
+
+
+def _told(options: Options, page: Console, entry: dict, path: Path, search: Search) -> None:
+    timing = entry["timing"]
+    if options.json:
+        print(json.dumps({"path": str(path), "trials": timing["trials"], "entry": entry}, indent=1))
+        return
+    gain = {name: 1 / x for name, x in timing["over_default"].items() if name != "count"}
+    what = f"{gain['median']:.2f} times as fast as the default ({gain['high']:.2f} to {gain['low']:.2f})"
+    what = "the default is within noise of the quickest, and stays" if timing["noise"] else what
+    page.print(f"[bold]{escape(_told_config(entry['config']))}[/]: {what}", soft_wrap=True, highlight=False)
+    page.print(
+        f"{len(search.outcomes)} of {len(search.points)} points tried; written: {path}", soft_wrap=True, markup=False
+    )

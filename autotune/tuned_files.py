@@ -1,0 +1,55 @@
+"""Write tuned configurations: entries are merged into a file, which is replaced as a whole and read again at once."""
+
+import json
+from pathlib import Path
+
+from autotune.outcomes import UsageError
+from autotune.store import write
+from impls import tuned
+
+
+def opened(path: Path) -> dict | None:
+    """Read a file to go on with; None where there is none, UsageError where it is not one of ours."""
+    if not path.exists():
+        return None
+    try:
+        return tuned.read(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is no file of tuned configurations: {error}; move it away") from error
+
+
+def merged(there: dict | None, new: dict) -> dict:
+    """Return both files as one: of two entries of a shape the one that by its own measurement beats the default more.
+
+    Where the sources were others the newer entry stays: it was measured with other kernels. Raises UsageError for files
+    of two devices or implementations.
+    """
+    if there is None:
+        return new
+    for name in ("implementation", "device"):
+        if there[name] != new[name]:
+            raise UsageError(f"files differ in {name}: {there[name]!r} and {new[name]!r}")
+    entries = {tuned.Shape(**entry["shape"]): entry for entry in there["entries"]}
+    for entry in new["entries"]:
+        shape = tuned.Shape(**entry["shape"])
+        entries[shape] = _better(entries.get(shape, entry), entry)
+    rows = {"entries": [entries[shape] for shape in sorted(entries)], "default": new["default"] or there["default"]}
+    return max(there, new, key=_date) | rows
+
+
+def _better(there: dict, new: dict) -> dict:
+    if there["provenance"]["sources"] != new["provenance"]["sources"]:
+        return max(there, new, key=_date)
+    return min(new, there, key=lambda entry: entry["timing"]["over_default"]["median"])
+
+
+def _date(x: dict) -> str:
+    return x["provenance"]["date"]
+
+
+def save(path: Path, data: dict) -> None:
+    """Write a file, merged with what it holds; what is written can be read. UsageError where that cannot be."""
+    data = merged(opened(path), data)
+    tuned.check(data)
+    write(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    tuned.forget()

@@ -1,0 +1,85 @@
+"""What is written can be read; two files become one without losing the better entry."""
+
+import copy
+import json
+
+import pytest
+
+from autotune import tuned_files
+from autotune.outcomes import UsageError
+from impls import tuned
+
+SPREAD = {"median": 0.9, "low": 0.8, "high": 1.0, "least": 0.7, "most": 1.1, "count": 9}
+
+
+def data(T: int = 64, median: float = 0.9, sources: str = "a", date: str = "2026-11-21", **others) -> dict:
+    provenance = {"versions": {"torch": "2.13.0"}, "sources": sources, "date": date}
+    entry = {
+        "shape": {"T": T, "N": 1, "HV": 2, "K": 16, "V": 16, "dtype": "float32", "packed": False},
+        "config": {"chunk_size": 16, "block_tokens": 64, "heads": 4, "compile": False},
+        "provenance": provenance,
+        "verified": {"profile": "tune", "outcome": "passed", "counts": {}},
+        "timing": {"ms": SPREAD, "over_default": SPREAD | {"median": median}, "ties": [], "noise": False},
+    }
+    whole = {
+        "schema": 1,
+        "kind": "tuned",
+        "implementation": "chunk_torch",
+        "device": {"kind": "cpu", "name": "A CPU"},
+        "provenance": provenance,
+        "entries": [entry],
+        "default": None,
+    }
+    return copy.deepcopy(whole | others)
+
+
+def medians(found: dict) -> dict[int, float]:
+    return {x["shape"]["T"]: x["timing"]["over_default"]["median"] for x in found["entries"]}
+
+
+def test_entries_of_other_shapes_stay_and_are_in_order():
+    assert medians(tuned_files.merged(data(T=128), data(T=64, median=0.5))) == {64: 0.5, 128: 0.9}
+
+
+@pytest.mark.parametrize(("there", "new", "kept"), [(0.8, 0.9, 0.8), (0.9, 0.8, 0.8), (0.9, 0.9, 0.9)])
+def test_of_one_shape_the_entry_that_beats_the_default_more_stays(there, new, kept):
+    assert medians(tuned_files.merged(data(median=there), data(median=new, date="2026-11-22"))) == {64: kept}
+
+
+def test_what_was_measured_with_other_kernels_gives_way_to_the_newer():
+    old, new = data(median=0.5, date="2026-11-20"), data(median=0.9, sources="b", date="2026-11-21")
+    assert medians(tuned_files.merged(old, new)) == medians(tuned_files.merged(new, old)) == {64: 0.9}
+
+
+def test_files_of_two_devices_are_not_merged():
+    with pytest.raises(UsageError, match="device"):
+        tuned_files.merged(data(), data(device={"kind": "cpu", "name": "Another"}))
+
+
+def test_a_default_row_stays(tmp_path):
+    row = {"chunk_size": 32}
+    assert tuned_files.merged(data(default=row), data())["default"] == row
+
+
+def test_what_is_saved_is_merged_and_can_be_read(tmp_path):
+    path = tmp_path / "a" / "chunk_torch.json"
+    tuned_files.save(path, data(T=64))
+    tuned_files.save(path, data(T=128))
+    assert medians(tuned.read(path)) == {64: 0.9, 128: 0.9}
+    assert [x.name for x in path.parent.iterdir()] == ["chunk_torch.json"]
+
+
+def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path):
+    path = tmp_path / "chunk_torch.json"
+    path.write_text(json.dumps({"mine": 1}))
+    with pytest.raises(UsageError, match="move it away"):
+        tuned_files.save(path, data())
+    assert json.loads(path.read_text()) == {"mine": 1}
+
+
+def test_what_is_not_verified_is_not_written(tmp_path):
+    bad = data()
+    bad["entries"][0]["verified"]["outcome"] = "failed"
+    with pytest.raises(ValueError, match="outcome"):
+        tuned_files.save(tmp_path / "chunk_torch.json", bad)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,111 @@
+"""The search: every point at most once, failures learned from, nothing that finished lost."""
+
+import json
+import math
+
+import optuna
+import pytest
+
+from autotune.search import FAILED, MEASURED, PENALTY, Outcome, Search
+from autotune.space import Setting, named, problem_of, space_of
+from autotune.timing import Spread
+
+SPACE = space_of(named("chunk_torch"), Setting(problem_of("T=4096,H=16", "float32")))
+FAILING = 128
+"""A chunk size that fails in the made-up surface."""
+
+
+def spread(x: float) -> Spread:
+    return Spread(x, x, x, x, x, 1)
+
+
+def surface(config) -> Outcome:
+    """Make up a time with one best point: chunks of 32, blocks of 256, 16 heads, compiled."""
+    if config.chunk_size == FAILING:
+        return Outcome(FAILED, 1.0, message="made up")
+    steps = [
+        abs(math.log2(config.chunk_size / 32)),
+        abs(math.log2(config.block_tokens / 256)) / 2,
+        abs(math.log2(config.heads / 16)) / 2,
+        0 if config.compile else 2,
+    ]
+    return Outcome(MEASURED, 1.0, spread(0.5 * 1.2 ** sum(steps)), spread(1.0))
+
+
+def search(tmp_path, **keywords) -> Search:
+    return Search(SPACE, tmp_path / "study.journal", "test", **keywords)
+
+
+def run(found: Search, trials: int, seconds: float = 0.0) -> list:
+    tried = []
+    for _ in range(trials):
+        if (config := found.next(seconds)) is None:
+            break
+        found.tell(config, surface(config))
+        tried.append(config)
+    return tried
+
+
+def test_no_point_is_tried_twice_and_all_are_in_the_end(tmp_path):
+    found = search(tmp_path)
+    tried = run(found, 1000)
+    assert len(tried) == len(set(tried)) == len(found.points) and set(tried) == set(SPACE.points())
+    assert found.next(1e9) is None and not found.left
+
+
+def test_what_is_left_is_tried_point_by_point_where_there_is_time(tmp_path):
+    found = search(tmp_path)
+    run(found, 5)
+    left = found.left
+    assert run(found, 1000, seconds=1e6) == left
+
+
+def test_known_configurations_are_tried_first(tmp_path):
+    first = tuple(list(SPACE.points())[i] for i in (70, 7))
+    assert tuple(run(search(tmp_path, first=first), 2)) == first
+
+
+def test_another_run_goes_on_where_the_last_one_ended(tmp_path):
+    tried = run(search(tmp_path), 20)
+    again = search(tmp_path)
+    assert set(again.outcomes) == set(tried) and again.outcomes == {x: surface(x) for x in tried}
+    assert not set(run(again, 20)) & set(tried)
+
+
+def test_a_trial_that_was_cut_off_is_tried_again(tmp_path):
+    found = search(tmp_path)
+    run(found, 3)
+    lost = found.next(0.0)
+    again = search(tmp_path)
+    assert lost in again.left and len(again.outcomes) == 3
+
+
+def test_failures_are_told_as_violated_constraints_and_never_best(tmp_path):
+    found = search(tmp_path)
+    run(found, 1000)
+    failed = [x for x, outcome in found.outcomes.items() if outcome.status == FAILED]
+    assert failed and all(outcome.value == PENALTY for x, outcome in found.outcomes.items() if x in failed)
+    assert not set(failed) & set(found.best(1e9, 1000))
+    trials = found.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    told = {json.loads(x.user_attrs["outcome"])["status"]: x.constraints for x in trials if "outcome" in x.user_attrs}
+    assert told[FAILED] != told[MEASURED]
+
+
+def test_the_best_are_in_order_and_within_the_margin(tmp_path):
+    found = search(tmp_path)
+    run(found, 1000)
+    best = found.best(0.25, 50)
+    ratios = [found.outcomes[x].ratio.median for x in best]
+    assert ratios == sorted(ratios) and ratios[-1] <= 1.25 * ratios[0] == 0.625
+    assert found.best(0.25, 2) == best[:2]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_seeds_try_equal_points(tmp_path, seed):
+    tried = [run(search(tmp_path / name, seed=seed), 25) for name in "ab"]
+    assert tried[0] == tried[1]
+
+
+def test_outcomes_survive_json():
+    for outcome in map(surface, SPACE.points()):
+        assert Outcome.from_json(json.loads(json.dumps(outcome.to_json()))) == outcome
