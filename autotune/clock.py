@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 
@@ -46,12 +46,23 @@ class Bench:
         return lambda config: partial(call, **arguments, config=config)
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What the final race says of one configuration."""
+
+    config: object
+    ms: Spread
+    over_default: Spread
+    different: bool
+    """Whether it can be told from the default."""
+
+
 class Clock:
     """Times candidates against the default of one bench."""
 
     def __init__(self, bench: Bench, default: object, box: Box):
         self.bench, self.box, self.watch = bench, box, stopwatch(bench.device)
-        self.calls = bench.calls()
+        self.usual, self.calls = default, bench.calls()
         self.default = self.calls(default)
         with torch.no_grad():
             self.expected = self.default()
@@ -74,6 +85,10 @@ class Clock:
         mine, _ = samples
         return Outcome(MEASURED, time.monotonic() - begun, ratio(*samples), Spread.of(list(mine.values())))
 
+    def raced(self, configs: list) -> list[Standing]:
+        """Do what `raced` does, against the default of this clock."""
+        return raced(self.bench, configs, self.usual)
+
     def _rounds(self, call: Callable, effort: Effort) -> tuple[Samples, Samples]:
         runners = {0: call, 1: self.default}
         timed = {key: partial(self.watch.milliseconds, x, LAUNCHED) for key, x in runners.items()}
@@ -91,24 +106,13 @@ class Clock:
         return None
 
 
-@dataclass(frozen=True)
-class Standing:
-    """What the final race says of one configuration."""
-
-    config: object
-    ms: Spread
-    over_default: Spread
-    different: bool
-    """Whether it can be told from the default."""
-
-
-def raced(bench: Bench, configs: list, default: object, seconds: float) -> list[Standing]:
+def raced(bench: Bench, configs: list, default: object) -> list[Standing]:
     """Time configurations and the default in common rounds in a new process; the default first, then as given."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_raced, bench, configs, default, seconds).result()
+        return pool.submit(_raced, bench, configs, default, FINAL).result()
 
 
-def _raced(bench: Bench, configs: list, default: object, seconds: float) -> list[Standing]:
+def _raced(bench: Bench, configs: list, default: object, effort: Effort) -> list[Standing]:
     calls, watch = bench.calls(), stopwatch(bench.device)
     everybody = [default, *(config for config in configs if config != default)]
     runners = {}
@@ -117,7 +121,7 @@ def _raced(bench: Bench, configs: list, default: object, seconds: float) -> list
             call = calls(config)
             call()
             runners[config] = partial(watch.milliseconds, call, LAUNCHED)
-        samples, raised = race(runners, replace(FINAL, seconds=seconds), Box(math.inf))
+        samples, raised = race(runners, effort, Box(math.inf))
     found = []
     for config in (x for x in everybody if x not in raised):
         mine, theirs = samples[config], samples[default]

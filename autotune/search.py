@@ -1,14 +1,17 @@
 """Propose configurations and learn from what became of them: an Optuna study on a file, asked and told.
 
-Fields are indices into their ordered values. Optuna's estimator proposes what it has seen before (60 of 120 asks in a
-space of this size), so what is known is told to it and never measured twice; where what is left fits into the time, it
-is tried point by point. A failure is told as a violated constraint with a finite value: the sampler learns from it.
+First come the neighbours of the best point so far, which differ in one field, those of fields with few values first:
+where fields hardly depend on each other that is most of the way (on a recorded table the best of 102 points was found
+in 12 trials; by Optuna alone 15 end 4.8% away, in the median). Then Optuna proposes, which finds what fields do
+together. Its estimator proposes what it has seen before (60 of 120 asks in a space of this size), so what is known is
+told to it and never measured twice; where what is left fits into the time, it is tried point by point. Fields are
+indices into their ordered values. A failure is told as a violated constraint with a finite value, to be learned from.
 """
 
 import json
 import math
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -99,6 +102,7 @@ class Search:
         spent = [outcome.seconds for outcome in self.outcomes.values()]
         if config is None and len(spent) >= ENOUGH and sum(spent) / len(spent) * len(left) <= seconds:
             config = left[0]
+        config = config or self._neighbour(frozenset(left))
         if config is None and (config := self._proposed(frozenset(left))):
             return config
         config = config or self._random.choice(left)
@@ -116,6 +120,13 @@ class Search:
         timed = sorted((x.value, i) for i, x in enumerate(self.outcomes.values()) if x.status == MEASURED)
         configs = list(self.outcomes)
         return [configs[i] for value, i in timed if value <= timed[0][0] + math.log1p(within)][:most]
+
+    def _neighbour(self, left: frozenset) -> object | None:
+        """Return a point that differs from the best one in one field."""
+        best = self.best(0, 1)
+        fields = sorted(self.values.items(), key=lambda field: len(field[1]))
+        near = (replace(x, **{name: value}) for x in best for name, values in fields for value in values)
+        return next((x for x in near if x in left), None)
 
     def _proposed(self, left: frozenset) -> object | None:
         for _ in range(ASKS):

@@ -49,6 +49,10 @@ class Spread:
         )
         return Spread(median, low, high, ordered[0], ordered[-1], len(ordered))
 
+    def over(self, x: float) -> "Spread":
+        """Return the spread of the sample divided by a number."""
+        return Spread(self.median / x, self.low / x, self.high / x, self.least / x, self.most / x, self.count)
+
     def to_json(self) -> dict[str, float | int]:
         """Return a dictionary of JSON values."""
         return asdict(self)

@@ -20,9 +20,10 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from autotune import clock, display, judge, provenance, tuned_files
+from autotune import clock, display, judge, provenance, replay, tuned_files
 from autotune.cases import Case
 from autotune.outcomes import FAILED, PASS, BoxOver, UsageError
+from autotune.replay import Recorded
 from autotune.search import MEASURED, Outcome, Search
 from autotune.space import DTYPES, Setting, Space, space_of
 from autotune.store import now
@@ -60,9 +61,18 @@ class Options:
     out: Path
     name: str
     """The device's name, or the one that the file is written for."""
+    default_row: bool
     seed: int
+    trials: int | None
+    """At most so many new trials."""
     fresh: bool
     json: bool
+    replay: Recorded | None
+
+    @property
+    def default(self) -> object:
+        """Return the configuration that a call has which nothing was tuned for."""
+        return self.implementation.config(**self.fixed)
 
     @property
     def shape(self) -> tuned.Shape:
@@ -95,7 +105,13 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--fix", action="append", default=[], metavar="FIELD=VALUE", help=fixed)
     p.add_argument("--out", type=Path, metavar="FOLDER", help="folder of tuned files (default the user's cache)")
     p.add_argument("--as", dest="name", metavar="DEVICE", help="write the file for a device of this name")
+    row = "let what is chosen be the row for all other shapes of the file, too"
+    p.add_argument("--default-row", action="store_true", help=row)
     p.add_argument("--seed", type=int, default=0, help="of the search (default %(default)s)")
+    p.add_argument("--trials", type=int, metavar="N", help="at most so many new trials")
+    p.add_argument("--record", type=Path, metavar="TABLE", help="write all trials of the study to a file")
+    played = "take every time from a recorded table, which says the shape as well; with --out"
+    p.add_argument("--replay", type=Path, metavar="TABLE", help=played)
     p.add_argument("--fresh", action="store_true", help="forget the trials of earlier runs")
     p.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
 
@@ -107,15 +123,12 @@ def run(args: argparse.Namespace) -> int:
     path = tuned.path_of(options.out, options.implementation.name, options.name)
     tuned_files.opened(path)
     space = space_of(options.implementation, Setting(options.problem), options.fixed)
-    bench = clock.Bench(
-        options.implementation.name, options.case, options.dtype, options.device, torch.get_num_threads()
-    )
-    search = _search(options, space)
-    default = options.implementation.config(**options.fixed)
-    _searched(search, clock.Clock(bench, default, Box(options.seconds)), page)
+    search, timer = _search(options, space), options.replay or _clock(options)
+    _searched(search, timer, options, page)
+    if args.record:
+        _record(options, search, args.record)
     page.print("the quickest race the default in a new process")
-    finalists = search.best(WITHIN, FINALISTS)
-    standings = clock.ranked(clock.raced(bench, finalists, default, clock.FINAL.seconds))
+    standings = clock.ranked(timer.raced(search.best(WITHIN, FINALISTS)))
     winner, verdict = _verified(options, standings, page)
     if winner is None:
         page.print("[bold red]nothing passed verification[/]: no file was written", soft_wrap=True)
@@ -134,21 +147,32 @@ def _options(args: argparse.Namespace) -> Options:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.head_dim > 256:
         raise UsageError(f"--head-dim must be at most 256, got {args.head_dim}")
-    implementation = _implementation(args.op, args.device)
+    if args.replay and not args.out:
+        raise UsageError("--replay needs --out FOLDER: what was measured elsewhere is not for this machine")
+    table = Recorded(args.replay) if args.replay else None
+    implementation = _implementation(table.implementation if table else args.op, args.device)
     K = args.head_dim
+    case = _case(table.shape) if table else Case("tune", args.sequences, args.tokens, args.heads, K, K)
     return Options(
         implementation=implementation,
         device=args.device,
-        case=Case(f"tune-{args.op}", args.sequences, args.tokens, args.heads, K, K),
-        dtype=args.dtype,
-        seconds=_seconds(args.budget),
-        fixed=dict(_fixed(x, implementation) for x in args.fix),
+        case=case,
+        dtype=table.shape.dtype if table else args.dtype,
+        seconds=seconds_of(args.budget, "--budget"),
+        fixed=dict(fixed_of(x, implementation) for x in args.fix),
         out=args.out or tuned.folders()[-2],
         name=args.name or named(args.device)["name"],
+        default_row=args.default_row,
         seed=args.seed,
+        trials=args.trials,
         fresh=args.fresh,
         json=args.json,
+        replay=table,
     )
+
+
+def _case(shape: tuned.Shape) -> Case:
+    return Case("replay", shape.N, shape.T, shape.HV, shape.K, shape.V)
 
 
 def _implementation(op: str, device: str) -> Impl:
@@ -163,14 +187,16 @@ def _op_of(row: Impl) -> str:
     return next(op for op, form in OPS.items() if form == row.form)
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str, name: str) -> float:
+    """Read 90, 90s or 1.5m; UsageError naming the argument for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([sm]?)", text)
     if not found or float(found[1]) == 0:
-        raise UsageError(f"--budget must be seconds or minutes, as 120s or 2m, got {text!r}")
+        raise UsageError(f"{name} must be seconds or minutes, as 120s or 2m, got {text!r}")
     return float(found[1]) * (60 if found[2] == "m" else 1)
 
 
-def _fixed(text: str, implementation: Impl) -> tuple[str, object]:
+def fixed_of(text: str, implementation: Impl) -> tuple[str, object]:
+    """Read FIELD=VALUE; UsageError for what is none. `space_of` refuses unknown fields."""
     name, _, value = text.partition("=")
     try:
         return name, json.loads(value)
@@ -182,21 +208,29 @@ def _search(options: Options, space: Space) -> Search:
     """Open the study of this device, shape, space and these sources; its first points are those in use."""
     shape = "-".join(str(x).lower() for x in options.shape)
     name = f"{slug(named(options.device)['name'])}-{space.implementation}-{shape}-{space.fingerprint}"
-    folder = tuned.folders()[-2].with_name("studies")
+    folder = options.out / "replayed" if options.replay else tuned.folders()[-2].with_name("studies")
     path = folder / f"{name}-{provenance.sources()}.journal"
     if options.fresh:
         path.unlink(missing_ok=True)
     found = tuned.looked_up(space.implementation, options.device, options.shape)
-    known = [options.implementation.config(**options.fixed), *([found.config] if found else [])]
+    known = [options.default, *([found.config] if found else [])]
     return Search(space, path, name, options.seed, tuple(x for x in known if space.admits(x)))
 
 
-def _searched(search: Search, timer: clock.Clock, page: Console) -> None:
-    """Try configurations until the box is over or everything is known."""
-    known = len(search.outcomes)
+def _clock(options: Options) -> clock.Clock:
+    bench = clock.Bench(
+        options.implementation.name, options.case, options.dtype, options.device, torch.get_num_threads()
+    )
+    return clock.Clock(bench, options.default, Box(options.seconds))
+
+
+def _searched(search: Search, timer: clock.Clock | Recorded, options: Options, page: Console) -> None:
+    """Try configurations until the box is over, everything is known, or the trials that were asked for are done."""
+    known, timer.box = len(search.outcomes), Box(options.seconds)
     page.print(f"{len(search.points)} points, {known} known from earlier runs", highlight=False)
+    most = len(search.points) if options.trials is None else known + options.trials
     with display.trials(page, len(search.points), known) as show:
-        while timer.box.left and (config := search.next(timer.box.left)) is not None:
+        while timer.box.left and len(search.outcomes) < most and (config := search.next(timer.box.left)) is not None:
             show(_short(config, timer), 0)
             try:
                 outcome = timer.outcome(config)
@@ -207,7 +241,12 @@ def _searched(search: Search, timer: clock.Clock, page: Console) -> None:
             page.print(_line(config, outcome), markup=False, highlight=False, soft_wrap=True)
 
 
-def _short(config, timer: clock.Clock) -> str:
+def _record(options: Options, search: Search, path: Path) -> None:
+    about, name = named(options.device), options.implementation.name
+    replay.save(path, replay.recorded(name, options.shape, options.default, search.outcomes, _provenance(), about))
+
+
+def _short(config, timer: clock.Clock | Recorded) -> str:
     return f"{timer.box.left:.0f} s left: {', '.join(str(x) for x in asdict(config).values())}"
 
 
@@ -280,7 +319,7 @@ def _file(options: Options, entry: dict) -> dict:
         "device": named(options.device) | {"name": options.name},
         "provenance": entry["provenance"],
         "entries": [entry],
-        "default": None,
+        "default": entry["config"] if options.default_row else None,
     }
 
 

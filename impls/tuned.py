@@ -132,9 +132,12 @@ def looked_up(implementation: str, device: str, shape: Shape, chunks_of: int | N
     """Return the tuned configuration for a shape on cpu or cuda:N, None where there is none.
 
     chunks_of: only configurations whose chunk size divides it. A file that cannot be used is passed over with a
-    warning, once: an op never fails for it.
+    warning, once: an op never fails for it. Where no file speaks of the device a warning says so, once.
     """
-    return _looked_up(implementation, device, shape, chunks_of)
+    found = _looked_up(implementation, device, shape, chunks_of)
+    if found is None:
+        _told_missing(implementation, device)
+    return found
 
 
 @lru_cache(maxsize=4096)
@@ -147,10 +150,23 @@ def _looked_up(implementation: str, device: str, shape: Shape, chunks_of: int | 
     return None
 
 
+@cache
+def _told_missing(implementation: str, device: str) -> None:
+    if any(_read_once(path) for path, _ in candidates(implementation, device)):
+        return
+    name = named(device)["name"]
+    warnings.warn(
+        f"{implementation} runs with its default configuration: nothing is tuned for {name}, there is no "
+        f"{path_of(folders()[-2], implementation, name)}; python -m autotune tune --op {implementation} makes it",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 def forget() -> None:
     """Read files anew from now on: the environment or a file has changed."""
-    _looked_up.cache_clear()
-    _read_once.cache_clear()
+    for function in (_looked_up, _read_once, _told_missing):
+        function.cache_clear()
 
 
 def candidates(implementation: str, device: str) -> Iterator[tuple[Path, bool]]:

@@ -140,6 +140,32 @@ def test_a_huge_file_is_not_read(folder, monkeypatch):
         assert found() is None
 
 
+def test_where_nothing_is_tuned_one_warning_names_the_file_and_the_command(folder):
+    with pytest.warns(RuntimeWarning) as said:
+        assert found() is None and found(SHAPE._replace(T=1)) is None
+    (warning,) = said
+    assert "a-cpu/chunk_torch.json" in str(warning.message)
+    assert "python -m autotune tune --op chunk_torch" in str(warning.message)
+
+
+def test_a_file_that_knows_other_shapes_is_no_reason_to_warn(folder):
+    put(folder, file_of(entry()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert found(SHAPE._replace(T=1)) is None
+
+
+@pytest.mark.parametrize("name", ["chunk_torch", "recurrent_torch"])
+def test_what_ships_serves_any_cpu_and_compiles_nothing(name):
+    tuned.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for shape in (SHAPE, SHAPE._replace(T=1, HV=3, K=7), SHAPE._replace(dtype="bfloat16", packed=True, N=5)):
+            found = tuned.looked_up(name, "cpu", shape)
+            assert found.path.parent.name == tuned.GENERIC and not found.config.compile
+    tuned.forget()
+
+
 @pytest.fixture
 def inputs(draw):
     return draw(1, 100, 2, 2, 16, 16)

@@ -1,0 +1,93 @@
+"""The whole loop from recorded trials: search, storage, race, choice and lookup, with nothing measured.
+
+The table holds all 102 points of chunk_torch at T=4096 and 16 heads in float32, as tuned on two shared cores.
+"""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+
+from autotune import judge, replay
+from autotune.__main__ import main
+from autotune.outcomes import PASS, USAGE
+from autotune.replay import Recorded
+from autotune.search import FAILED, Search
+from autotune.space import Setting, named, problem_of, space_of
+from impls import ChunkTorchConfig, tuned
+from impls.devices import named as device_of
+
+TABLE = Path(__file__).with_name("trials-chunk-torch-4096.json")
+SPACE = space_of(named("chunk_torch"), Setting(problem_of("T=4096,H=16", "float32")))
+
+
+@pytest.fixture(scope="module")
+def table():
+    return Recorded(TABLE)
+
+
+def test_the_table_is_whole(table):
+    assert set(table.outcomes) == set(SPACE.points())
+    assert table.outcome(ChunkTorchConfig(heads=7)).status == FAILED
+
+
+def regret(table: Recorded, folder: Path, seed: int, trials: int) -> float:
+    """Search so many trials; return how much slower than the best of the table the best found is."""
+    search = Search(SPACE, folder / f"{seed}.journal", "replay", seed, first=(table.default,))
+    for _ in range(trials):
+        config = search.next(0.0)
+        search.tell(config, table.outcome(config))
+    best = min(outcome.value for outcome in table.outcomes.values())
+    return math.exp(min(outcome.value for outcome in search.outcomes.values()) - best) - 1
+
+
+def test_fifteen_percent_of_the_trials_come_within_two_percent_of_the_best(table, tmp_path):
+    trials = int(0.15 * len(table.outcomes))
+    assert statistics.median(regret(table, tmp_path, seed, trials) for seed in range(20)) <= 0.02
+
+
+def replayed(folder: Path, monkeypatch, *arguments: str) -> dict:
+    passed = {"code": 0, "outcome": "passed", "counts": {}, "failed": [], "reason": None}
+    monkeypatch.setattr(judge, "verified_config", lambda *asked: passed)
+    assert main(["tune", "--replay", str(TABLE), "--out", str(folder), *arguments]) == PASS
+    return tuned.read(tuned.path_of(folder, "chunk_torch", device_of("cpu")["name"]))["entries"][0]
+
+
+def test_the_loop_runs_to_a_file_that_calls_find(table, tmp_path, monkeypatch):
+    entry = replayed(tmp_path, monkeypatch, "--trials", "15")
+    chosen = tuned.config_of("chunk_torch", entry["config"])
+    assert table.outcomes[chosen].ratio.median <= 1.02 * min(x.ratio.median for x in table.outcomes.values())
+    assert entry["timing"]["trials"] == 15 and not entry["timing"]["noise"]
+    monkeypatch.setenv("KDA_CONFIG_DIR", str(tmp_path))
+    tuned.forget()
+    found = tuned.looked_up("chunk_torch", "cpu", table.shape)
+    assert (found.config, found.row) == (chosen, "exact")
+    tuned.forget()
+
+
+def test_a_replay_goes_on_where_it_ended_and_repeats_itself(tmp_path, monkeypatch):
+    replayed(tmp_path / "a", monkeypatch, "--trials", "8")
+    first = replayed(tmp_path / "a", monkeypatch, "--trials", "8")
+    whole = replayed(tmp_path / "b", monkeypatch, "--trials", "16")
+    assert first["timing"]["trials"] == whole["timing"]["trials"] == 16
+    assert first["config"] == whole["config"]
+
+
+def test_trials_are_recorded_as_they_were(table, tmp_path, monkeypatch):
+    replayed(tmp_path, monkeypatch, "--trials", "200", "--record", str(tmp_path / "table.json"))
+    again = Recorded(tmp_path / "table.json")
+    assert (again.outcomes, again.default, again.shape) == (table.outcomes, table.default, table.shape)
+
+
+def test_what_was_measured_elsewhere_is_not_for_this_machine(capsys):
+    assert main(["tune", "--replay", str(TABLE)]) == USAGE
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{}", json.dumps({"kind": replay.KIND, "schema": 2})])
+def test_something_else_is_refused(tmp_path, capsys, text):
+    (tmp_path / "x.json").write_text(text)
+    assert main(["tune", "--replay", str(tmp_path / "x.json"), "--out", str(tmp_path)]) == USAGE
+    assert "no table of trials" in capsys.readouterr().err
