@@ -43,7 +43,7 @@ class Compiler:
     def __init__(self, cache: Path, processes: int = 2, seconds: float = 60.0):
         self.cache, self.processes, self.seconds = cache, processes, seconds
         self.workers: list[_Worker] = []
-        self.sources = provenance.sources()
+        self.sources = provenance.kernels()
         self.compiled = self.recalled = 0
 
     def __enter__(self) -> "Compiler":

@@ -71,9 +71,21 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
 
 
 def sources(root: Path = ROOT) -> str:
-    """Return a hash of the implementations and of what measures them: equal hashes, equal meaning of the figures."""
-    files = [*(root / "impls").rglob("*.py"), *(root / "impls").rglob("*.json")]
-    files += [root / "autotune" / name for name in MEASURING]
+    """Return a hash of the implementations, what is tuned of them, and what measures them: of what figures mean."""
+    tuned = (root / "impls").rglob("*.json")
+    return _hashed(root, [*_kernels(root), *tuned, *(root / "autotune" / name for name in MEASURING)])
+
+
+def kernels(root: Path = ROOT) -> str:
+    """Return a hash of the implementations alone: of what a configuration was tuned for."""
+    return _hashed(root, _kernels(root))
+
+
+def _kernels(root: Path) -> list[Path]:
+    return list((root / "impls").rglob("*.py"))
+
+
+def _hashed(root: Path, files: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode())

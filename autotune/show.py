@@ -87,7 +87,7 @@ def _stale(found: tuned.Found) -> list[str]:
     changed = [
         f"{name} was {x}, is {here[name]}" for name, x in there["versions"].items() if here[name] not in (x, None)
     ]
-    return changed + (["sources of the kernels changed"] if there["sources"] != provenance.sources() else [])
+    return changed + (["sources of the kernels changed"] if there["sources"] != provenance.kernels() else [])
 
 
 def _print(page: Console, name: str, told: dict, shape: tuned.Shape, kind: str) -> None:

@@ -116,7 +116,7 @@ def _file(op: str, setting: Setting, ranking: "Ranking") -> dict:
         "problem": asdict(setting.problem),
         "date": now(),
         "versions": provenance.versions(("torch", "triton")),
-        "sources": provenance.sources(),
+        "sources": provenance.kernels(),
         "ranked": [x.to_json() for x in order],
     }
 

@@ -209,7 +209,7 @@ def _search(options: Options, space: Space) -> Search:
     shape = "-".join(str(x).lower() for x in options.shape)
     name = f"{slug(named(options.device)['name'])}-{space.implementation}-{shape}-{space.fingerprint}"
     folder = options.out / "replayed" if options.replay else tuned.folders()[-2].with_name("studies")
-    path = folder / f"{name}-{provenance.sources()}.journal"
+    path = folder / f"{name}-{provenance.kernels()}.journal"
     if options.fresh:
         path.unlink(missing_ok=True)
     found = tuned.looked_up(space.implementation, options.device, options.shape)
@@ -304,7 +304,7 @@ def _entry(options: Options, winner: clock.Standing, standings: list, verdict: d
 def _provenance() -> dict:
     return {
         "versions": provenance.versions(("torch", "triton")),
-        "sources": provenance.sources(),
+        "sources": provenance.kernels(),
         "date": now(),
         "git": provenance.git(),
         "environment": provenance.environment() | {"threads": str(torch.get_num_threads())},
