@@ -1,5 +1,6 @@
 """Time configurations beside the default, in common rounds, and decide between the quickest in a new process."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -107,7 +108,10 @@ class Clock:
 
 
 def raced(bench: Bench, configs: list, default: object) -> list[Standing]:
-    """Time configurations and the default in common rounds in a new process; the default first, then as given."""
+    """Time configurations and the default in common rounds in a new process; the default first, then as given.
+
+    A configuration that fails there is left out. Raises what the default raises.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_raced, bench, configs, default, FINAL).result()
 
@@ -119,11 +123,14 @@ def _raced(bench: Bench, configs: list, default: object, effort: Effort) -> list
     with torch.no_grad():
         for config in everybody:
             call = calls(config)
-            call()
-            runners[config] = partial(watch.milliseconds, call, LAUNCHED)
+            with contextlib.nullcontext() if config == default else contextlib.suppress(Exception):
+                call()
+                runners[config] = partial(watch.milliseconds, call, LAUNCHED)
         samples, raised = race(runners, effort, Box(math.inf))
+    if default in raised:
+        raise raised[default]
     found = []
-    for config in (x for x in everybody if x not in raised):
+    for config in (x for x in runners if x not in raised):
         mine, theirs = samples[config], samples[default]
         differences = [math.log(mine[turn] / theirs[turn]) for turn in mine.keys() & theirs.keys()]
         different = config != default and signed_rank(differences) <= LEVEL

@@ -5,6 +5,7 @@ outlasts its time, and is replaced. Results are cached by what they follow from:
 version, the target, the problem's constants and the fields that the kernel depends on.
 """
 
+import contextlib
 import hashlib
 import json
 import resource
@@ -57,7 +58,7 @@ class Compiler:
     def outcomes(self, jobs: Iterable[Job], box: Box) -> dict[Job, Resources | str]:
         """Return what became of each job: resources, or why there are none; those that the box cut off are missing.
 
-        Everything finished is in the cache at once.
+        What a compiler answered is in the cache at once.
         """
         found, todo = {}, []
         for job in dict.fromkeys(jobs):
@@ -66,12 +67,14 @@ class Compiler:
                 todo.append(job)
             else:
                 found[job] = known
-        for job, result in self._run(todo, box):
-            self._keep(job, result)
+        for job, result, lasting in self._run(todo, box):
+            if lasting:
+                self._keep(job, result)
             found[job] = result
         return found
 
-    def _run(self, todo: list[Job], box: Box) -> Iterator[tuple[Job, Resources | str]]:
+    def _run(self, todo: list[Job], box: Box) -> Iterator[tuple[Job, Resources | str, bool]]:
+        """Yield job, result, and whether it would be the same again: a busy machine kills compilers, too."""
         todo = todo[::-1]
         while (todo and box.left) or any(worker.job for worker in self.workers):
             self._hand_out(todo, box)
@@ -96,22 +99,23 @@ class Compiler:
             worker.job = todo.pop()
             worker.until = time.monotonic() + self.seconds + (STARTING if worker.fresh else 0)
             worker.fresh = False
-            worker.pipe.send(worker.job)
+            with contextlib.suppress(OSError):  # it died idle: reading from it will say so
+                worker.pipe.send(worker.job)
 
-    def _answer(self, worker: _Worker) -> tuple[Job, Resources | str]:
+    def _answer(self, worker: _Worker) -> tuple[Job, Resources | str, bool]:
         try:
             job, result = worker.job, worker.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             worker.process.join()
             return self._drop(worker, f"the compiler ended its process with status {worker.process.exitcode}")
         worker.job = None
         self.compiled += 1
-        return job, result
+        return job, result, True
 
-    def _drop(self, worker: _Worker, reason: str) -> tuple[Job, str]:
+    def _drop(self, worker: _Worker, reason: str) -> tuple[Job, str, bool]:
         self.workers.remove(worker)
         _end(worker)
-        return worker.job, reason
+        return worker.job, reason, False
 
     def _path(self, job: Job) -> Path:
         versions = provenance.versions(("triton",))

@@ -46,11 +46,14 @@ class Recorded:
                     f"expected kind {KIND!r} and schema {SCHEMA}, got {data['kind']!r}, {data['schema']!r}"
                 )
             self.implementation, self.shape = data["implementation"], tuned.Shape(**data["shape"])
+            self.device, self.provenance = data["device"], data["provenance"]
             self.default = tuned.config_of(self.implementation, data["default"])
             self.outcomes = {
                 tuned.config_of(self.implementation, point["config"]): Outcome.from_json(point["outcome"])
                 for point in data["points"]
             }
+            if self.outcome(self.default).status != MEASURED:
+                raise ValueError("its default was not measured")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"--replay {path}: no table of trials: {type(error).__name__}: {error}") from error
 

@@ -19,8 +19,9 @@ import optuna
 from optuna.distributions import IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
+from autotune.outcomes import UsageError
 from autotune.space import Space
 from autotune.timing import Spread
 
@@ -79,14 +80,22 @@ class Search:
         self.points = tuple(self.space.points())
         self.values = {name: x for part in self.space.parts.values() for name, x in part.items()}
         self.distributions = {name: IntDistribution(0, len(x) - 1) for name, x in self.values.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, n_startup_trials=15, seed=self.seed)
-        storage = JournalStorage(JournalFileBackend(str(self.path)))
-        self.study = optuna.create_study(study_name=self.name, storage=storage, sampler=sampler, load_if_exists=True)
+        self.study, self._trial = self._opened(), None
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             if "outcome" in trial.user_attrs:
                 self.outcomes[self._config(trial.params)] = Outcome.from_json(json.loads(trial.user_attrs["outcome"]))
         self._random = random.Random(self.seed)
+
+    def _opened(self) -> optuna.Study:
+        """Open the study; UsageError where its file cannot be read or written."""
+        sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, n_startup_trials=15, seed=self.seed)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _mend(self.path)
+            storage = JournalStorage(JournalFileBackend(str(self.path)))
+            return optuna.create_study(study_name=self.name, storage=storage, sampler=sampler, load_if_exists=True)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"the trials in {self.path} cannot be used: {error}; --fresh forgets them") from error
 
     @property
     def left(self) -> list[object]:
@@ -105,15 +114,24 @@ class Search:
         config = config or self._neighbour(frozenset(left))
         if config is None and (config := self._proposed(frozenset(left))):
             return config
-        config = config or self._random.choice(left)
-        self.study.enqueue_trial(self._params(config))
-        self._trial = self.study.ask(self.distributions)
-        return config
+        self._trial = None
+        return config or self._random.choice(left)
 
     def tell(self, config, outcome: Outcome) -> None:
         """Keep what became of the configuration that `next` returned; it is on the disk when this returns."""
         self.outcomes[config] = outcome
-        self._told(self._trial, outcome)
+        if self._trial is not None:
+            self._told(self._trial, outcome)
+            return
+        self.study.add_trial(
+            create_trial(
+                params=self._params(config),
+                distributions=self.distributions,
+                value=outcome.value,
+                user_attrs={"outcome": json.dumps(outcome.to_json())},
+                constraints={"failed": float(outcome.status != MEASURED)},
+            )
+        )
 
     def best(self, within: float, most: int) -> list[object]:
         """Return the quickest configurations, at most so many, that take at most (1 + within) times the least."""
@@ -141,7 +159,7 @@ class Search:
         """Tell Optuna of a trial; one without an outcome is no point of the space."""
         if outcome is not None:
             trial.set_user_attr("outcome", json.dumps(outcome.to_json()))
-        trial.set_constraint("failed", 0.0 if outcome and outcome.status == MEASURED else 1.0)
+        trial.set_constraint("failed", float(outcome is None or outcome.status != MEASURED))
         self.study.tell(trial, outcome.value if outcome else PENALTY)
 
     def _config(self, params: dict[str, int]):
@@ -149,3 +167,10 @@ class Search:
 
     def _params(self, config) -> dict[str, int]:
         return {name: values.index(getattr(config, name)) for name, values in self.values.items()}
+
+
+def _mend(path: Path) -> None:
+    """Cut off a last line without an end, which a process that was killed left: the next one would be glued to it."""
+    if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(text.rfind(b"\n") + 1)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from rich.console import Console
 from autotune import display, provenance
 from autotune.outcomes import NOTHING, PASS, UsageError
 from autotune.space import DTYPES
-from autotune.space import named as row_of
 from impls import tuned
 from impls.devices import named
 
@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     provenance.check_device(args.device)
     shape = shape_of(args.shape)
     kind, page = args.device.split(":")[0], display.console()
-    asked = [row_of(args.op).name] if args.op else [name for name in tuned.KINDS if kind in row_of(name).devices]
+    if args.op and args.op not in tuned.KINDS:
+        raise UsageError(f"--op must be one of {', '.join(tuned.KINDS)}, which look tuned files up, got {args.op}")
+    asked = [args.op] if args.op else list(tuned.KINDS)
     found = {name: explained(name, args.device, shape) for name in asked}
     if args.json:
         print(json.dumps(found, indent=1))
@@ -72,7 +74,7 @@ def explained(implementation: str, device: str, shape: tuned.Shape) -> dict:
 
 
 def _state(path: Path) -> str:
-    if not path.is_file():
+    if not os.path.isfile(path):
         return "missing"
     try:
         return f"{len(tuned.read(path)['entries'])} entries"

@@ -13,12 +13,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 from rich.table import Table
 
-from autotune import display
+from autotune import display, provenance
 from autotune.outcomes import PASS, UsageError
 from impls.configs import SHARED, TUNABLES, ChunkTorchConfig, ChunkTritonConfig, invalid
 from impls.footprint import shared_memory
@@ -182,7 +181,7 @@ def _restrictions(implementation: Impl, setting: Setting) -> tuple[Restriction, 
 def _same_blocks(problem: Problem) -> Iterator[Restriction]:
     """Restrict blocks that hold no more than smaller ones: those beyond the smallest value that covers everything."""
     values = TUNABLES[ChunkTorchConfig][SHARED]
-    pairs, longest = problem.N * problem.HV, problem.T if problem.packed else problem.T // problem.N
+    pairs, longest = problem.N * problem.HV, problem.T
     heads, tokens = (
         next((x for x in values[name] if x >= size), values[name][-1])
         for name, size in (("heads", pairs), ("block_tokens", longest))
@@ -216,9 +215,10 @@ def _part(kind: type, name: str) -> str:
 
 
 def _concerns(row: dict, implementation: Impl, target: Target) -> bool:
-    version = metadata.version("triton").split(".")[:2] if row["triton"] else []
-    same = row["triton"] is None or ".".join(version) == row["triton"]
-    return row["implementation"] == implementation.name and target.name in row["targets"] and same
+    if row["implementation"] != implementation.name or target.name not in row["targets"]:
+        return False
+    version = provenance.versions(("triton",))["triton"] or ""
+    return row["triton"] is None or version.split(".")[:2] == row["triton"].split(".")
 
 
 def _denied(row: dict, kind: type) -> Restriction:

@@ -23,7 +23,7 @@ from autotune.timing import Box
 from autotune.tune import fixed_of, seconds_of
 from impls.defaults import default_chunk, default_recurrent
 from impls.estimate import RATES
-from impls.tuned import folders
+from impls.tuned import user_folder
 
 if TYPE_CHECKING:  # it imports triton, which only this command needs
     from autotune.ranking import Ranking
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     fixed = dict(fixed_of(x, implementation) for x in args.fix)
     space, box = space_of(implementation, setting, fixed), Box(budget)
     compiling, Ranking = _imported()
-    cache = folders()[-2].with_name("compiled")
+    cache = user_folder().with_name("compiled")
     with compiling.Compiler(cache, args.processes, timeout) as compiler:
         ranking = Ranking(space, setting, compiler, box)
         _descended(ranking, replace(_default(setting, space), **fixed), page)

@@ -72,7 +72,7 @@ class Options:
     @property
     def default(self) -> object:
         """Return the configuration that a call has which nothing was tuned for."""
-        return self.implementation.config(**self.fixed)
+        return self.replay.default if self.replay else self.implementation.config(**self.fixed)
 
     @property
     def shape(self) -> tuned.Shape:
@@ -122,20 +122,22 @@ def run(args: argparse.Namespace) -> int:
     page.quiet = options.json
     path = tuned.path_of(options.out, options.implementation.name, options.name)
     tuned_files.opened(path)
+    tuned_files.check_writable(path)
     space = space_of(options.implementation, Setting(options.problem), options.fixed)
     search, timer = _search(options, space), options.replay or _clock(options)
     _searched(search, timer, options, page)
     if args.record:
         _record(options, search, args.record)
     page.print("the quickest race the default in a new process")
-    standings = clock.ranked(timer.raced(search.best(WITHIN, FINALISTS)))
+    # what is in use comes first: within a tie it stays
+    standings = timer.raced(list(dict.fromkeys((*_in_use(options, space), *search.best(WITHIN, FINALISTS)))))
     winner, verdict = _verified(options, standings, page)
     if winner is None:
         page.print("[bold red]nothing passed verification[/]: no file was written", soft_wrap=True)
         return FAILED
     entry = _entry(options, winner, standings, verdict, len(search.outcomes))
-    tuned_files.save(path, _file(options, entry))
-    _told(options, page, entry, path, search)
+    kept = tuned_files.save(path, _file(options, entry))["entries"]
+    _told(options, page, entry, path, search, entry in kept)
     return PASS
 
 
@@ -160,8 +162,8 @@ def _options(args: argparse.Namespace) -> Options:
         dtype=table.shape.dtype if table else args.dtype,
         seconds=seconds_of(args.budget, "--budget"),
         fixed=dict(fixed_of(x, implementation) for x in args.fix),
-        out=args.out or tuned.folders()[-2],
-        name=args.name or named(args.device)["name"],
+        out=args.out or tuned.user_folder(),
+        name=args.name or (table.device if table else named(args.device))["name"],
         default_row=args.default_row,
         seed=args.seed,
         trials=args.trials,
@@ -207,14 +209,20 @@ def fixed_of(text: str, implementation: Impl) -> tuple[str, object]:
 def _search(options: Options, space: Space) -> Search:
     """Open the study of this device, shape, space and these sources; its first points are those in use."""
     shape = "-".join(str(x).lower() for x in options.shape)
-    name = f"{slug(named(options.device)['name'])}-{space.implementation}-{shape}-{space.fingerprint}"
-    folder = options.out / "replayed" if options.replay else tuned.folders()[-2].with_name("studies")
+    where = f"{slug(named(options.device)['name'])}-{torch.__version__}-{torch.get_num_threads()}"
+    name = f"{where}-{space.implementation}-{shape}-{space.fingerprint}"
+    folder = options.out / "replayed" if options.replay else tuned.user_folder().with_name("studies")
     path = folder / f"{name}-{provenance.kernels()}.journal"
     if options.fresh:
         path.unlink(missing_ok=True)
-    found = tuned.looked_up(space.implementation, options.device, options.shape)
-    known = [options.default, *([found.config] if found else [])]
-    return Search(space, path, name, options.seed, tuple(x for x in known if space.admits(x)))
+    first = (options.default, *_in_use(options, space))
+    return Search(space, path, name, options.seed, tuple(x for x in first if space.admits(x)))
+
+
+def _in_use(options: Options, space: Space) -> list[object]:
+    """Return the configuration that a call of this shape runs with now, if the search covers it."""
+    found = None if options.replay else tuned.looked_up(space.implementation, options.device, options.shape)
+    return [found.config] if found and space.admits(found.config) else []
 
 
 def _clock(options: Options) -> clock.Clock:
@@ -263,15 +271,19 @@ def _line(config, outcome: Outcome) -> str:
 
 
 def _verified(options: Options, standings: list[clock.Standing], page: Console) -> tuple[clock.Standing | None, dict]:
-    """Return the first in the order that verify lets pass, and its verdict."""
-    row = options.implementation.name
-    for standing in standings:
+    """Return the first choice that verify lets pass, and its verdict; behind one that fails the others are ranked anew.
+
+    Where the default itself fails nobody is chosen: then more is wrong than a configuration.
+    """
+    row, K = options.implementation.name, options.case.K
+    while standings:
+        standing = clock.ranked(standings)[0]
         page.print(f"python -m verify judges {_told_config(asdict(standing.config))}", soft_wrap=True, markup=False)
-        K = options.case.K
         verdict = judge.verified_config(row, standing.config, options.device, PROFILE, (K,), page.quiet)
         if verdict["code"] == VERIFIED:
             return standing, verdict
         page.print(f"[red]not chosen[/]: {escape(judge.told(verdict))}", soft_wrap=True)
+        standings = [x for x in standings if x is not standing] if standing is not standings[0] else []
     return None, {}
 
 
@@ -288,13 +300,14 @@ def _entry(options: Options, winner: clock.Standing, standings: list, verdict: d
     return {
         "shape": options.shape._asdict(),
         "config": asdict(winner.config),
-        "provenance": _provenance(),
+        "provenance": options.replay.provenance if options.replay else _provenance(),
         "verified": {"profile": PROFILE, "outcome": verdict["outcome"], "counts": verdict["counts"]},
         "timing": {
             "ms": winner.ms.to_json(),
             "over_default": winner.over_default.to_json(),
             "ties": tied,
-            "noise": not winner.different,
+            "noise": winner.config == options.default,
+            "default": asdict(options.default),
             "trials": trials,
             "load": os.getloadavg()[0],
         },
@@ -316,22 +329,21 @@ def _file(options: Options, entry: dict) -> dict:
         "schema": 1,
         "kind": "tuned",
         "implementation": options.implementation.name,
-        "device": named(options.device) | {"name": options.name},
+        "device": (options.replay.device if options.replay else named(options.device)) | {"name": options.name},
         "provenance": entry["provenance"],
         "entries": [entry],
         "default": entry["config"] if options.default_row else None,
     }
 
 
-def _told(options: Options, page: Console, entry: dict, path: Path, search: Search) -> None:
+def _told(options: Options, page: Console, entry: dict, path: Path, search: Search, kept: bool) -> None:
     timing = entry["timing"]
     if options.json:
-        print(json.dumps({"path": str(path), "trials": timing["trials"], "entry": entry}, indent=1))
+        print(json.dumps({"path": str(path), "trials": timing["trials"], "kept": kept, "entry": entry}, indent=1))
         return
     gain = {name: 1 / x for name, x in timing["over_default"].items() if name != "count"}
     what = f"{gain['median']:.2f} times as fast as the default ({gain['high']:.2f} to {gain['low']:.2f})"
-    what = "the default is within noise of the quickest, and stays" if timing["noise"] else what
+    what = "nothing is quicker beyond noise, the default stays" if timing["noise"] else what
     page.print(f"[bold]{escape(_told_config(entry['config']))}[/]: {what}", soft_wrap=True, highlight=False)
-    page.print(
-        f"{len(search.outcomes)} of {len(search.points)} points tried; written: {path}", soft_wrap=True, markup=False
-    )
+    done = f"written: {path}" if kept else f"not written: a better entry of this shape stays in {path}"
+    page.print(f"{len(search.outcomes)} of {len(search.points)} points tried; {done}", soft_wrap=True, markup=False)

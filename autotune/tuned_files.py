@@ -1,6 +1,7 @@
 """Write tuned configurations: entries are merged into a file, which is replaced as a whole and read again at once."""
 
 import json
+import os
 from pathlib import Path
 
 from autotune.outcomes import UsageError
@@ -21,8 +22,8 @@ def opened(path: Path) -> dict | None:
 def merged(there: dict | None, new: dict) -> dict:
     """Return both files as one: of two entries of a shape the one that by its own measurement beats the default more.
 
-    Where the sources were others the newer entry stays: it was measured with other kernels. Raises UsageError for files
-    of two devices or implementations.
+    Where sources, versions, environment or the default were others, ratios cannot be compared: the newer entry stays.
+    Raises UsageError for files of two devices or implementations.
     """
     if there is None:
         return new
@@ -38,18 +39,35 @@ def merged(there: dict | None, new: dict) -> dict:
 
 
 def _better(there: dict, new: dict) -> dict:
-    if there["provenance"]["sources"] != new["provenance"]["sources"]:
+    if _baseline(there) != _baseline(new):
         return max(there, new, key=_date)
     return min(new, there, key=lambda entry: entry["timing"]["over_default"]["median"])
+
+
+def _baseline(entry: dict) -> list:
+    """Return what two ratios must share to be compared: kernels, versions, environment and the default itself."""
+    about = entry["provenance"]
+    return [about["sources"], about["versions"], about.get("environment"), entry["timing"].get("default")]
 
 
 def _date(x: dict) -> str:
     return x["provenance"]["date"]
 
 
-def save(path: Path, data: dict) -> None:
-    """Write a file, merged with what it holds; what is written can be read. UsageError where that cannot be."""
+def save(path: Path, data: dict) -> dict:
+    """Write a file, merged with what it holds, and return that; UsageError where it cannot be written."""
     data = merged(opened(path), data)
     tuned.check(data)
     write(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
     tuned.forget()
+    return data
+
+
+def check_writable(path: Path) -> None:
+    """Raise UsageError where a file could not be written in the end; its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path} cannot be written: the folder is not yours")

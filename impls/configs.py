@@ -14,7 +14,7 @@ SMALLEST_TILE = 16
 class ChunkTorchConfig:
     """Configure chunk_torch. The results of two configurations agree within rounding, not bit for bit."""
 
-    chunk_size: int = 32
+    chunk_size: int = 16
     """C, tokens per chunk."""
     block_tokens: int = 128
     """Tokens of a pair that are worked on at a time: a bound on the workspace, no influence on the bits."""

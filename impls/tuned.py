@@ -17,22 +17,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from impls.checks import DTYPE_NAMES
-from impls.configs import (
-    ChunkTorchConfig,
-    ChunkTritonConfig,
-    RecurrentTorchConfig,
-    RecurrentTritonConfig,
-    invalid,
-)
+from impls.configs import ChunkTorchConfig, RecurrentTorchConfig, invalid
 from impls.devices import named, slug
 
 KINDS = {
     "chunk_torch": ChunkTorchConfig,
     "recurrent_torch": RecurrentTorchConfig,
-    "chunk_triton": ChunkTritonConfig,
-    "recurrent_triton": RecurrentTritonConfig,
 }
-"""What a file may configure."""
+"""What looks its configuration up, and a file may configure."""
 LIMIT = 4 << 20
 """Bytes of a file that is read."""
 PACKAGED = Path(__file__).with_name("tuned")
@@ -81,8 +73,13 @@ class Found:
 def folders() -> tuple[Path, ...]:
     """Return the folders in the order in which they are looked through."""
     own = os.environ.get("KDA_CONFIG_DIR")
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kda-forge" / "configs"
-    return (*((Path(own),) if own else ()), cached, PACKAGED)
+    return (*((Path(own),) if own else ()), user_folder(), PACKAGED)
+
+
+def user_folder() -> Path:
+    """Return the folder of what the user has tuned."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "kda-forge" / "configs"
 
 
 def path_of(folder: Path, implementation: str, device: str) -> Path:
@@ -94,7 +91,10 @@ def read(path: Path) -> dict:
     """Read and check a file: OSError where it cannot be read, ValueError naming what is wrong with it."""
     if (size := path.stat().st_size) > LIMIT:
         raise ValueError(f"expected at most {LIMIT} bytes, got {size}")
-    data = json.loads(path.read_text())
+    try:
+        data = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     check(data)
     return data
 
@@ -105,6 +105,8 @@ def check(data: object) -> None:
         raise ValueError(f"{error.json_path}: {error.message[:300]}")
     if data["implementation"] not in KINDS:
         raise ValueError(f"$.implementation: expected one of {', '.join(KINDS)}, got {data['implementation']!r}")
+    if wrong := [x for entry in data["entries"] for x in entry["shape"].values() if type(x) is float]:
+        raise ValueError(f"$.entries: sizes must be whole numbers, got {wrong[0]}")
     rows = [entry["config"] for entry in data["entries"]] + ([data["default"]] if data["default"] else [])
     for row in rows:
         config_of(data["implementation"], row)
@@ -134,6 +136,8 @@ def looked_up(implementation: str, device: str, shape: Shape, chunks_of: int | N
     chunks_of: only configurations whose chunk size divides it. A file that cannot be used is passed over with a
     warning, once: an op never fails for it. Where no file speaks of the device a warning says so, once.
     """
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        return None
     found = _looked_up(implementation, device, shape, chunks_of)
     if found is None:
         _told_missing(implementation, device)
@@ -155,9 +159,10 @@ def _told_missing(implementation: str, device: str) -> None:
     if any(_read_once(path) for path, _ in candidates(implementation, device)):
         return
     name = named(device)["name"]
+    command = f"; python -m autotune tune --op {implementation} makes it" if device == "cpu" else ""
     warnings.warn(
         f"{implementation} runs with its default configuration: nothing is tuned for {name}, there is no "
-        f"{path_of(folders()[-2], implementation, name)}; python -m autotune tune --op {implementation} makes it",
+        f"{path_of(user_folder(), implementation, name)}{command}",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -173,10 +178,10 @@ def candidates(implementation: str, device: str) -> Iterator[tuple[Path, bool]]:
     """Yield the files to look at in order, and whether each is another device's."""
     about = named(device)
     own = [path_of(folder, implementation, about["name"]) for folder in folders()]
-    yield from ((path, False) for path in own if path.is_file())
+    yield from ((path, False) for path in own if os.path.isfile(path))
     if about["kind"] == "cpu":
         generic = [path_of(folder, implementation, GENERIC) for folder in folders()]
-        yield from ((path, True) for path in generic if path.is_file())
+        yield from ((path, True) for path in generic if os.path.isfile(path))
         return
     others = [path for folder in folders() for path in sorted(folder.glob(f"*/{implementation}.json"))]
     alike = []

@@ -64,11 +64,17 @@ def test_the_end_of_the_box_is_no_outcome():
 
 def test_the_final_race_runs_in_another_process_with_the_default_first(monkeypatch):
     monkeypatch.setattr(clock, "FINAL", Effort(least=3, most=3, seconds=0.0))
-    configs = [ChunkTorchConfig(chunk_size=16), DEFAULT]
+    configs = [ChunkTorchConfig(chunk_size=32), DEFAULT]
     standings = raced(BENCH, configs, DEFAULT)
     assert [x.config for x in standings] == [DEFAULT, configs[0]]
     assert standings[0].over_default.median == 1.0 and not standings[0].different
     assert standings[1].ms.count >= clock.FINAL.least
+
+
+def test_a_finalist_that_fails_in_the_race_is_left_out(monkeypatch):
+    monkeypatch.setattr(clock, "FINAL", Effort(least=3, most=3, seconds=0.0))
+    standings = raced(BENCH, [ChunkTorchConfig(chunk_size=17), ChunkTorchConfig(chunk_size=32)], DEFAULT)
+    assert [x.config.chunk_size for x in standings] == [16, 32]
 
 
 def standing(heads: int, median: float, different: bool = True) -> Standing:

@@ -90,10 +90,11 @@ def test_ctrl_c_loses_no_trial(cache, judged, monkeypatch, capsys):
 
 def test_what_fails_verification_is_passed_over(cache, judged, monkeypatch, capsys):
     asked, refused = judged
-    quicker, default = ChunkTorchConfig(chunk_size=16), ChunkTorchConfig()
-    spreads = [Spread(x, x, x, x, x, 9) for x in (1.0, 0.5)]
+    default, quicker, near = (ChunkTorchConfig(chunk_size=x) for x in (16, 32, 64))
     standings = [
-        tune.clock.Standing(x, y, y, i > 0) for i, (x, y) in enumerate(zip((default, quicker), spreads, strict=True))
+        tune.clock.Standing(config, spread, spread, config is quicker)
+        for config, x in ((default, 1.0), (quicker, 0.5), (near, 0.9))
+        for spread in (Spread(x, x, x, x, x, 9),)
     ]
     monkeypatch.setattr(tune.clock, "raced", lambda *arguments: standings)
     refused.add(quicker)

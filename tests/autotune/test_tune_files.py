@@ -51,6 +51,16 @@ def test_what_was_measured_with_other_kernels_gives_way_to_the_newer():
     assert medians(tuned_files.merged(old, new)) == medians(tuned_files.merged(new, old)) == {64: 0.9}
 
 
+@pytest.mark.parametrize("other", ["default", "versions", "environment"])
+def test_ratios_to_another_baseline_are_not_compared(other):
+    old, new = data(median=0.5, date="2026-11-20"), data(median=0.9, date="2026-11-21")
+    if other == "default":
+        old["entries"][0]["timing"]["default"] = {"chunk_size": 128}
+    else:
+        old["entries"][0]["provenance"] = old["entries"][0]["provenance"] | {other: {"torch": "1.0"}}
+    assert medians(tuned_files.merged(old, new)) == {64: 0.9}
+
+
 def test_files_of_two_devices_are_not_merged():
     with pytest.raises(UsageError, match="device"):
         tuned_files.merged(data(), data(device={"kind": "cpu", "name": "Another"}))

@@ -1,11 +1,13 @@
 """The search: every point at most once, failures learned from, nothing that finished lost."""
 
+import contextlib
 import json
 import math
 
 import optuna
 import pytest
 
+from autotune.outcomes import UsageError
 from autotune.search import FAILED, MEASURED, PENALTY, Outcome, Search
 from autotune.space import Setting, named, problem_of, space_of
 from autotune.timing import Spread
@@ -78,6 +80,41 @@ def test_a_trial_that_was_cut_off_is_tried_again(tmp_path):
     lost = found.next(0.0)
     again = search(tmp_path)
     assert lost in again.left and len(again.outcomes) == 3
+
+
+def test_an_interruption_anywhere_mixes_up_nothing(tmp_path, monkeypatch):
+    found = search(tmp_path)
+    run(found, 6)
+    for name in ("ask", "tell", "add_trial"):
+        real = getattr(found.study, name)
+        monkeypatch.setattr(found.study, name, interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            run(found, 2)
+        monkeypatch.setattr(found.study, name, real)
+        found = search(tmp_path)
+        assert found.outcomes == {x: surface(x) for x in found.outcomes} and len(found.outcomes) >= 6
+        run(found, 10)
+    again = search(tmp_path)
+    assert again.outcomes == {x: surface(x) for x in again.outcomes} and len(again.outcomes) >= 36
+
+
+def interrupted(*arguments, **keywords):
+    raise KeyboardInterrupt
+
+
+def test_a_last_line_that_was_cut_off_costs_its_own_trial_only(tmp_path):
+    run(search(tmp_path), 8)
+    path = tmp_path / "study.journal"
+    path.write_bytes(path.read_bytes()[:-20])
+    run(search(tmp_path), 3)
+    again = search(tmp_path)
+    assert 10 <= len(again.outcomes) <= 11 and again.outcomes == {x: surface(x) for x in again.outcomes}
+
+
+def test_a_study_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "study.journal").write_text("{}}\n" * 3)
+    with pytest.raises(UsageError, match="--fresh"):
+        search(tmp_path)
 
 
 def test_failures_are_told_as_violated_constraints_and_never_best(tmp_path):

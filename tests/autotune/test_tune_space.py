@@ -90,6 +90,12 @@ def test_a_fixed_field_is_no_longer_searched():
     assert space.fingerprint != space_of(named("chunk_torch"), CPU).fingerprint
 
 
+def test_a_batch_is_no_reason_for_shorter_blocks():
+    batch = Setting(replace(PROBLEM, B=16, N=16, T=512, packed=False))
+    space = space_of(named("chunk_torch"), batch)
+    assert space.admits(ChunkTorchConfig()) and max(point.block_tokens for point in space.points()) == 512
+
+
 def test_blocks_that_hold_everything_are_tried_once():
     for text, heads, tokens in (("T=64,H=2", 4, 64), ("T=4096,H=16", 16, 512), ("T=100,H=3,N=2", 8, 128)):
         points = list(space_of(named("chunk_torch"), Setting(problem_of(text, "float32"))).points())

@@ -111,9 +111,9 @@ BAD = [
     (chunk_kda, good(state_interval=0), ValueError, "state_interval must be a positive number of tokens, got 0"),
     (
         chunk_kda,
-        good(return_intermediate_states=True, state_interval=48),
+        good(return_intermediate_states=True, state_interval=40),
         ValueError,
-        "state_interval must be a multiple of the chunk size 32, got 48",
+        "state_interval must be a multiple of the chunk size 16, got 40",
     ),
     (
         chunk_kda,

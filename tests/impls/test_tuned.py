@@ -117,6 +117,8 @@ BAD = {
     "what cannot run": json.dumps(file_of(entry() | {"config": {"chunk_size": 17}})),
     "another kind of value": json.dumps(file_of(entry() | {"config": {"chunk_size": "32; rm"}})),
     "what is not verified": json.dumps(file_of(entry() | {"verified": {"profile": "tune", "outcome": "failed"}})),
+    "half a token": json.dumps(file_of(entry())).replace('"T": 4096', '"T": 4096.0'),
+    "endless brackets": "[" * 100_000,
     "another implementation": json.dumps(file_of(entry()) | {"implementation": "subprocess"}),
 }
 
@@ -131,6 +133,20 @@ def test_a_file_that_cannot_be_used_is_passed_over_with_one_warning(folder, tmp_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert found(SHAPE._replace(T=4001)).config.heads == 4
+
+
+def test_folders_that_cannot_be_read_or_named_are_passed_over(folder, tmp_path, monkeypatch):
+    put(tmp_path / "packaged", file_of(entry(heads=4)))
+    monkeypatch.setattr(Path, "is_file", lambda self: 1 / 0)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: 1 / 0)
+    tuned.forget()
+    assert found().config.heads == 4
+
+
+def test_other_devices_have_nothing_tuned(folder):
+    put(folder, file_of(entry()))
+    assert tuned.looked_up("chunk_torch", "mps", SHAPE) is None
 
 
 def test_a_huge_file_is_not_read(folder, monkeypatch):
@@ -183,7 +199,7 @@ def test_a_call_runs_with_what_was_tuned_for_its_shape(folder, inputs):
     o, S = run(inputs)
     expected = run(inputs, config=ChunkTorchConfig(chunk_size=64))
     assert torch.equal(o, expected[0]) and torch.equal(S, expected[1]) and not torch.equal(S, usual[1])
-    assert torch.equal(run(inputs, chunk_size=32)[1], usual[1])
+    assert torch.equal(run(inputs, chunk_size=16)[1], usual[1])
     assert torch.equal(run(inputs, config=ChunkTorchConfig())[1], usual[1])
 
 
