@@ -4,10 +4,10 @@ import argparse
 import sys
 import traceback
 
-from autotune import bench, show, space, static, tune
+from autotune import bench, merge, show, space, static, tune
 from autotune.outcomes import CRASH, INTERRUPTED, USAGE, UsageError
 
-COMMANDS = {"bench": bench, "space": space, "static": static, "tune": tune, "show": show}
+COMMANDS = {"bench": bench, "space": space, "static": static, "tune": tune, "show": show, "merge": merge}
 """Modules with SUMMARY, configure(parser) and run(arguments) -> exit code."""
 
 

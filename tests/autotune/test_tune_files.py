@@ -6,7 +6,8 @@ import json
 import pytest
 
 from autotune import tuned_files
-from autotune.outcomes import UsageError
+from autotune.__main__ import main
+from autotune.outcomes import PASS, USAGE, UsageError
 from impls import tuned
 
 SPREAD = {"median": 0.9, "low": 0.8, "high": 1.0, "least": 0.7, "most": 1.1, "count": 9}
@@ -93,3 +94,19 @@ def test_what_is_not_verified_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="outcome"):
         tuned_files.save(tmp_path / "chunk_torch.json", bad)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_joins_files_with_what_is_there(tmp_path, capsys):
+    for name, content in (("a", data(T=64)), ("b", data(T=64, median=0.5)), ("out", data(T=128))):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert main(["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]) == PASS
+    assert medians(tuned.read(tmp_path / "out")) == {64: 0.5, 128: 0.9}
+    assert "2 entries" in capsys.readouterr().out
+
+
+def test_the_command_refuses_what_does_not_belong_together_and_leaves_everything(tmp_path, capsys):
+    (tmp_path / "a").write_text(json.dumps(data()))
+    (tmp_path / "b").write_text(json.dumps(data(device={"kind": "cpu", "name": "Another"})))
+    for files in (["a", "b"], ["a", "missing"]):
+        assert main(["merge", *(str(tmp_path / x) for x in files), "--out", str(tmp_path / "out")]) == USAGE
+    assert len(capsys.readouterr().err.splitlines()) == 2 and not (tmp_path / "out").exists()
