@@ -11,12 +11,12 @@ from multiprocessing import get_context
 
 import torch
 
+from autotune.arguments import implementation_of
 from autotune.cases import Case, draw
 from autotune.contest import relative_error
 from autotune.outcomes import BoxOver
 from autotune.paired import LEVEL, TIE, signed_rank
 from autotune.search import FAILED, MEASURED, WRONG, Outcome
-from autotune.space import named
 from autotune.timing import LAUNCHED, Box, Effort, Samples, Spread, race, ratio, stopwatch
 
 FIRST = Effort(least=3, most=3, seconds=0)
@@ -43,7 +43,7 @@ class Bench:
         """Draw the inputs; returns a function from a configuration to its call."""
         torch.set_num_threads(self.threads)
         arguments = draw(self.case, self.device, self.dtype)
-        call = named(self.implementation).call
+        call = implementation_of(self.implementation).call
         return lambda config: partial(call, **arguments, config=config)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import resource
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -168,10 +169,8 @@ def _end(worker: _Worker) -> None:
 
 
 def _serve(pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer: it ends its workers
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    while True:
-        try:
-            job = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        pipe.send(outcome(job))
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(outcome(pipe.recv()))

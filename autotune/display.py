@@ -35,14 +35,6 @@ def progress(page: Console, total: int) -> Iterator[Callable[[str, int], None]]:
         yield lambda doing, finished=0: bars.update(task, description=escape(doing), advance=finished)
 
 
-@contextmanager
-def trials(page: Console, total: int, known: int) -> Iterator[Callable[[str, int], None]]:
-    """Show a bar over the points of a space on a terminal; as `progress`, with some of them known already."""
-    with progress(page, total) as show:
-        show("searching", known)
-        yield show
-
-
 def provenance(data: dict) -> str:
     """Say in two lines what was measured with what."""
     identity, commit = data["identity"], data["git"]

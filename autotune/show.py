@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from autotune import display, provenance
+from autotune.arguments import shape_of
 from autotune.outcomes import NOTHING, PASS, UsageError
-from autotune.space import DTYPES
 from impls import tuned
 from impls.devices import named
 
@@ -123,19 +123,3 @@ def _missing(name: str, shape: tuned.Shape, kind: str) -> list[str]:
     command = COMMAND.get(kind)
     lines = ["nothing tuned: the default runs"]
     return lines + ([f"to tune it: {command.format(op=name, **shape._asdict())}"] if command else [])
-
-
-def shape_of(text: str) -> tuned.Shape:
-    """Read T=N,dtype=NAME,...; UsageError for what is none."""
-    found = {"T": 4096, "N": 1, "HV": 16, "K": 128, "V": 128, "dtype": "float32", "packed": False}
-    for item in filter(None, text.split(",")):
-        name, _, value = item.partition("=")
-        if name == "dtype" and value in DTYPES:
-            found[name] = value
-        elif name == "packed" and value in ("true", "false"):
-            found[name] = value == "true"
-        elif name in ("T", "N", "HV", "K", "V") and value.isdecimal() and int(value):
-            found[name] = int(value)
-        else:
-            raise UsageError(f"--shape: expected T, N, HV, K, V, dtype ({', '.join(DTYPES)}) or packed, got {item!r}")
-    return tuned.Shape(**found)

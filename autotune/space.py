@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.table import Table
 
 from autotune import display, provenance
+from autotune.arguments import DTYPES, implementation_of, problem_of, target_of
 from autotune.outcomes import PASS, UsageError
 from impls.configs import SHARED, TUNABLES, ChunkTorchConfig, ChunkTritonConfig, invalid
 from impls.footprint import shared_memory
@@ -28,7 +29,6 @@ from impls.targets import TARGETS, Target
 SUMMARY = "print what can be tuned, and what restricts it"
 DENYLIST = json.loads(Path(__file__).with_name("denylist.json").read_text())
 """Known failures of compilers, with where they are described."""
-DTYPES = ("bfloat16", "float16", "float32")
 EPILOG = """\
 examples   python -m autotune space chunk_torch
            python -m autotune space chunk_triton --target sm_100 --shape T=8192,H=64,K=128,V=128 --dtype bfloat16
@@ -245,7 +245,7 @@ def configure(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    implementation = named(args.op)
+    implementation = implementation_of(args.op)
     setting = Setting(problem_of(args.shape, args.dtype), target_of(implementation, args.target))
     space = space_of(implementation, setting)
     count, page = space.counted(), display.console()
@@ -270,34 +270,3 @@ def _by_part(count: Count) -> str:
     if len(count.parts) == 1:
         return ""
     return "; searched part by part: " + " + ".join(f"{n:,} of {part}" for part, n in count.parts.items())
-
-
-def named(name: str) -> Impl:
-    """Return the implementation of that name; UsageError where there is none."""
-    found = {x.name: x for x in IMPLEMENTATIONS}
-    if name not in found:
-        raise UsageError(f"OP must be one of {', '.join(found)}, got {name!r}")
-    return found[name]
-
-
-def problem_of(text: str, dtype: str) -> Problem:
-    """Read T=N,H=N,...; UsageError for what is no size."""
-    sizes = {"T": 8192, "H": 64, "HV": 0, "K": 128, "V": 128, "N": 1}
-    for item in filter(None, text.split(",")):
-        name, _, number = item.partition("=")
-        if name not in sizes or not number.isdecimal() or int(number) < 1:
-            raise UsageError(f"--shape: expected {'=N, '.join(sizes)}=N with N from 1 on, got {item!r}")
-        sizes[name] = int(number)
-    sizes["HV"] = sizes["HV"] or sizes["H"]
-    return Problem(B=1, packed=sizes["N"] > 1, dtype=dtype, l2norm=True, gate="softplus", sigmoid="once", **sizes)
-
-
-def target_of(implementation: Impl, name: str | None) -> Target | None:
-    """Return the processor of that name, None for cpu; UsageError where the implementation does not run there."""
-    if name is None:
-        name = "cpu" if "cpu" in implementation.devices else "sm_90"
-    if name != "cpu" and name not in TARGETS:
-        raise UsageError(f"--target must be cpu or one of {', '.join(TARGETS)}, got {name!r}")
-    if ("cpu" in implementation.devices) != (name == "cpu"):
-        raise UsageError(f"--target {name}: {implementation.name} is tuned for {', '.join(implementation.devices)}")
-    return None if name == "cpu" else TARGETS[name]

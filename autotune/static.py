@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from autotune import display, provenance
+from autotune.arguments import DTYPES, fixed_of, implementation_of, problem_of, seconds_of, target_of
 from autotune.outcomes import NOTHING, PASS, UNFINISHED, UsageError
-from autotune.space import DTYPES, Setting, Space, named, problem_of, space_of, target_of
+from autotune.space import Setting, Space, space_of
 from autotune.store import now, write
 from autotune.timing import Box
-from autotune.tune import fixed_of, seconds_of
 from impls.defaults import default_chunk, default_recurrent
 from impls.estimate import RATES
 from impls.tuned import user_folder
@@ -55,14 +55,14 @@ def configure(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    implementation, page = named(args.op), display.console()
+    implementation, page = implementation_of(args.op), display.console()
     setting = Setting(problem_of(args.shape, args.dtype), target_of(implementation, args.target))
     if setting.target is None or setting.target.name not in RATES:
         raise UsageError(f"--target must be one of {', '.join(RATES)}, whose rates are known, got {args.target}")
     if args.processes < 1:
         raise UsageError(f"--processes must be at least 1, got {args.processes}")
     budget, timeout = seconds_of(args.budget, "--budget"), seconds_of(args.timeout, "--timeout")
-    fixed = dict(fixed_of(x, implementation) for x in args.fix)
+    fixed = dict(fixed_of(x) for x in args.fix)
     space, box = space_of(implementation, setting, fixed), Box(budget)
     compiling, Ranking = _imported()
     cache = user_folder().with_name("compiled")

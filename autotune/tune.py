@@ -12,7 +12,6 @@ takes half a minute more, the judge 15 seconds, or a minute for what is compiled
 import argparse
 import json
 import os
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,11 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from autotune import clock, display, judge, provenance, replay, tuned_files
+from autotune.arguments import DTYPES, fixed_of, seconds_of
 from autotune.cases import Case
 from autotune.outcomes import FAILED, PASS, BoxOver, UsageError
 from autotune.replay import Recorded
 from autotune.search import MEASURED, Outcome, Search
-from autotune.space import DTYPES, Setting, Space, space_of
+from autotune.space import Setting, Space, space_of
 from autotune.store import now
 from autotune.timing import Box
 from impls import tuned
@@ -73,6 +73,16 @@ class Options:
     def default(self) -> object:
         """Return the configuration that a call has which nothing was tuned for."""
         return self.replay.default if self.replay else self.implementation.config(**self.fixed)
+
+    @property
+    def about(self) -> dict:
+        """Describe the device that times are of."""
+        return self.replay.device if self.replay else named(self.device)
+
+    @property
+    def origin(self) -> dict:
+        """Return the provenance of the times."""
+        return self.replay.provenance if self.replay else _provenance()
 
     @property
     def shape(self) -> tuned.Shape:
@@ -161,7 +171,7 @@ def _options(args: argparse.Namespace) -> Options:
         case=case,
         dtype=table.shape.dtype if table else args.dtype,
         seconds=seconds_of(args.budget, "--budget"),
-        fixed=dict(fixed_of(x, implementation) for x in args.fix),
+        fixed=dict(fixed_of(x) for x in args.fix),
         out=args.out or tuned.user_folder(),
         name=args.name or (table.device if table else named(args.device))["name"],
         default_row=args.default_row,
@@ -187,23 +197,6 @@ def _implementation(op: str, device: str) -> Impl:
 
 def _op_of(row: Impl) -> str:
     return next(op for op, form in OPS.items() if form == row.form)
-
-
-def seconds_of(text: str, name: str) -> float:
-    """Read 90, 90s or 1.5m; UsageError naming the argument for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([sm]?)", text)
-    if not found or float(found[1]) == 0:
-        raise UsageError(f"{name} must be seconds or minutes, as 120s or 2m, got {text!r}")
-    return float(found[1]) * (60 if found[2] == "m" else 1)
-
-
-def fixed_of(text: str, implementation: Impl) -> tuple[str, object]:
-    """Read FIELD=VALUE; UsageError for what is none. `space_of` refuses unknown fields."""
-    name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        raise UsageError(f"--fix must be FIELD=VALUE with a number, true or false, got {text!r}") from None
 
 
 def _search(options: Options, space: Space) -> Search:
@@ -237,7 +230,8 @@ def _searched(search: Search, timer: clock.Clock | Recorded, options: Options, p
     known, timer.box = len(search.outcomes), Box(options.seconds)
     page.print(f"{len(search.points)} points, {known} known from earlier runs", highlight=False)
     most = len(search.points) if options.trials is None else known + options.trials
-    with display.trials(page, len(search.points), known) as show:
+    with display.progress(page, len(search.points)) as show:
+        show("searching", known)
         while timer.box.left and len(search.outcomes) < most and (config := search.next(timer.box.left)) is not None:
             show(_short(config, timer), 0)
             try:
@@ -250,8 +244,8 @@ def _searched(search: Search, timer: clock.Clock | Recorded, options: Options, p
 
 
 def _record(options: Options, search: Search, path: Path) -> None:
-    about, name = named(options.device), options.implementation.name
-    replay.save(path, replay.recorded(name, options.shape, options.default, search.outcomes, _provenance(), about))
+    made = options.implementation.name, options.shape, options.default, search.outcomes, options.origin, options.about
+    replay.save(path, replay.recorded(*made))
 
 
 def _short(config, timer: clock.Clock | Recorded) -> str:
@@ -300,7 +294,7 @@ def _entry(options: Options, winner: clock.Standing, standings: list, verdict: d
     return {
         "shape": options.shape._asdict(),
         "config": asdict(winner.config),
-        "provenance": options.replay.provenance if options.replay else _provenance(),
+        "provenance": options.origin,
         "verified": {"profile": PROFILE, "outcome": verdict["outcome"], "counts": verdict["counts"]},
         "timing": {
             "ms": winner.ms.to_json(),
@@ -329,7 +323,7 @@ def _file(options: Options, entry: dict) -> dict:
         "schema": 1,
         "kind": "tuned",
         "implementation": options.implementation.name,
-        "device": (options.replay.device if options.replay else named(options.device)) | {"name": options.name},
+        "device": options.about | {"name": options.name},
         "provenance": entry["provenance"],
         "entries": [entry],
         "default": entry["config"] if options.default_row else None,

@@ -8,7 +8,7 @@ from impls.configs import ChunkTorchConfig, ChunkTritonConfig, RecurrentTorchCon
 from impls.defaults import CHUNK, default_chunk, default_recurrent
 from impls.footprint import misfit
 from impls.targets import Target
-from impls.tuned import Shape, looked_up
+from impls.tuned import looked_up, shape_of
 
 
 def chunk_torch_launch(config: ChunkTorchConfig | None, chunk_size: int | None, device: str) -> tuple[int, ...]:
@@ -21,7 +21,7 @@ def chunk_torch_launch(config: ChunkTorchConfig | None, chunk_size: int | None, 
     if config is not None:
         return _numbers(_compilable(_accepted(config, ChunkTorchConfig, "chunk_torch", chunk_size), device))
     if chunk_size is not None:
-        _accepted(ChunkTorchConfig(chunk_size=chunk_size, block_tokens=max(chunk_size, 1)), ChunkTorchConfig, "")
+        _accepted(ChunkTorchConfig(chunk_size=chunk_size), ChunkTorchConfig, "chunk_torch")
     return chunk_size or 0, _compile_wanted(device)
 
 
@@ -36,40 +36,33 @@ def recurrent_torch_launch(
     return _numbers(_compilable(_accepted(config, RecurrentTorchConfig, "recurrent_torch"), device))
 
 
-def chunk_torch_config(launch: tuple[int, ...], device: str, shape: Shape, interval: int = 0) -> ChunkTorchConfig:
-    """Return the configuration that `chunk_torch_launch` stands for: given, else tuned for the shape, else the default.
+def chunk_torch_config(launch: tuple[int, ...], q, v, cu_seqlens, interval: int) -> ChunkTorchConfig:
+    """Return the configuration that `chunk_torch_launch` stands for: given, else tuned for the call, else the default.
 
     interval: tokens between the states that are kept, a multiple of C; 0 where none are.
     """
     if len(launch) > 2:
         return ChunkTorchConfig(*launch[:3], compile=bool(launch[3]))
     C, compile = launch
-    found = looked_up("chunk_torch", device, shape, interval or None)
-    config = found.config if found and C in (0, found.config.chunk_size) else _default_chunk_torch(C)
-    return replace(config, compile=_compiles(compile, config, device))
+    found = looked_up("chunk_torch", str(v.device), shape_of(q, v, cu_seqlens), interval or None)
+    usual = ChunkTorchConfig(chunk_size=C or ChunkTorchConfig.chunk_size)
+    config = found.config if found and C in (0, found.config.chunk_size) else usual
+    return replace(config, compile=(config.compile if compile < 0 else compile == 1) and v.device.type == "cpu")
 
 
-def recurrent_torch_config(launch: tuple[int, ...], device: str, shape: Shape) -> RecurrentTorchConfig:
+def recurrent_torch_config(launch: tuple[int, ...], q, v, cu_seqlens) -> RecurrentTorchConfig:
     """Return the configuration that `recurrent_torch_launch` stands for; as `chunk_torch_config`."""
-    found = looked_up("recurrent_torch", device, shape) if launch[0] < 0 else None
-    config = found.config if found else RecurrentTorchConfig()
-    return RecurrentTorchConfig(compile=_compiles(launch[0], config, device))
-
-
-def _default_chunk_torch(C: int) -> ChunkTorchConfig:
-    config = ChunkTorchConfig()
-    return replace(config, chunk_size=C, block_tokens=max(C, config.block_tokens)) if C else config
-
-
-def _compiles(wanted: int, config, device: str) -> bool:
-    return (config.compile if wanted < 0 else wanted == 1) and device == "cpu"
+    if launch[0] >= 0:
+        return RecurrentTorchConfig(compile=launch[0] == 1)
+    found = looked_up("recurrent_torch", str(v.device), shape_of(q, v, cu_seqlens))
+    return RecurrentTorchConfig(compile=found is not None and found.config.compile and v.device.type == "cpu")
 
 
 def chunk_triton_launch(config: ChunkTritonConfig | None, chunk_size: int | None) -> tuple[int, ...]:
     """Return what the op is told, C first: the fields of a configuration, or C alone, for the default of that C.
 
     The default depends on sizes and device, which are known inside the op: under torch.compile this here is traced.
-    Raises as `chunk_torch_config`.
+    Raises as `chunk_torch_launch`.
     """
     if config is not None:
         return _numbers(_accepted(config, ChunkTritonConfig, "chunk_triton", chunk_size))
@@ -108,10 +101,10 @@ def recurrent_triton_config(
 
 def _compile_wanted(device: str) -> int:
     """Return 1 or 0 where the environment says so, on a CPU, else -1."""
-    value = os.environ.get("KDA_COMPILE", "-1")
-    if value not in ("0", "1", "-1"):
+    value = os.environ.get("KDA_COMPILE")
+    if value not in (None, "0", "1"):
         raise ValueError(f"the environment variable KDA_COMPILE must be 0 or 1, got {value!r}")
-    return int(value) if device == "cpu" else -1
+    return -1 if value is None or device != "cpu" else int(value)
 
 
 def _compilable(config, device: str):

@@ -28,7 +28,6 @@ from impls.schedule import Activation, Span, blocks, gather, scatter
 from impls.sequences import flat, padded, runs_of
 from impls.states import States
 from impls.tree_torch import within_chunks
-from impls.tuned import shape_of
 
 
 def chunk_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
@@ -120,7 +119,7 @@ def _blockwise(
 ):
     q, _, v, *_ = tokens
     B, T, HV, _ = v.shape
-    config = chunk_torch_config(tuple(launch), str(v.device), shape_of(q, v, cu_seqlens), state_interval)
+    config = chunk_torch_config(tuple(launch), q, v, cu_seqlens, state_interval)
     runs = runs_of(B, T, bounds_of(cu_seqlens, T))
     states = States(initial_state, q, v, cu_seqlens, runs, state_interval, filled=False)
     states.fill_some(runs.part(slice(runs.running(0), None)), slice(0, HV))  # those without a token

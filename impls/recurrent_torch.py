@@ -25,7 +25,6 @@ from impls.compiler_cpu import can_compile, compiled
 from impls.registration import register, register_raw
 from impls.sequences import Runs, by_token, flat, runs_of, scatter
 from impls.states import States
-from impls.tuned import shape_of
 
 BLOCK_TOKENS = 64
 GROUP_ELEMENTS = 2**20
@@ -116,7 +115,7 @@ def _stepwise(inputs, normed: bool, initial_state, cu_seqlens, scale, output_fin
     states = States(initial_state, inputs[0], inputs[2], cu_seqlens, runs, state_interval, filled=False)
     S0, S = states.open(runs)
     alone = runs.longest == 1 and runs.adjacent and S.shape[1:] == (K, V) and not state_interval
-    config = recurrent_torch_config(tuple(launch), str(S.device), shape_of(inputs[0], inputs[2], cu_seqlens))
+    config = recurrent_torch_config(tuple(launch), inputs[0], inputs[2], cu_seqlens)
     if config.compile and T and can_compile():
         take = _stepper(*S.shape[1:], S.dtype, torch.get_num_threads(), *((scale, normed) if alone else (1.0, False)))
     else:

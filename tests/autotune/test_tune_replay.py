@@ -12,15 +12,16 @@ import pytest
 
 from autotune import judge, replay
 from autotune.__main__ import main
+from autotune.arguments import implementation_of, problem_of
 from autotune.outcomes import PASS, USAGE
 from autotune.replay import Recorded
 from autotune.search import FAILED, Search
-from autotune.space import Setting, named, problem_of, space_of
+from autotune.space import Setting, space_of
 from impls import ChunkTorchConfig, tuned
 from impls.devices import named as device_of
 
 TABLE = Path(__file__).with_name("trials-chunk-torch-4096.json")
-SPACE = space_of(named("chunk_torch"), Setting(problem_of("T=4096,H=16", "float32")))
+SPACE = space_of(implementation_of("chunk_torch"), Setting(problem_of("T=4096,H=16", "float32")))
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,13 @@ import math
 import optuna
 import pytest
 
+from autotune.arguments import implementation_of, problem_of
 from autotune.outcomes import UsageError
 from autotune.search import FAILED, MEASURED, PENALTY, Outcome, Search
-from autotune.space import Setting, named, problem_of, space_of
+from autotune.space import Setting, space_of
 from autotune.timing import Spread
 
-SPACE = space_of(named("chunk_torch"), Setting(problem_of("T=4096,H=16", "float32")))
+SPACE = space_of(implementation_of("chunk_torch"), Setting(problem_of("T=4096,H=16", "float32")))
 FAILING = 128
 """A chunk size that fails in the made-up surface."""
 

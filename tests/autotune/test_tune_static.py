@@ -53,7 +53,7 @@ MISBEHAVING = """
 import os, time
 from pathlib import Path
 import autotune.compiling as compiling
-from autotune.space import problem_of
+from autotune.arguments import problem_of
 from autotune.timing import Box
 from impls.compiler_triton import Job
 from impls.configs import RecurrentTritonConfig
