@@ -67,4 +67,4 @@ class Recorded:
         same = Standing(self.default, first.ms, first.ratio.over(first.ratio.median), False)
         found = ((x, self.outcomes[x]) for x in configs if x != self.default)
         measured = ((x, outcome) for x, outcome in found if outcome.status == MEASURED)
-        return [same, *(Standing(x, o.ms, o.ratio, not o.ratio.low <= 1 <= o.ratio.high) for x, o in measured)]
+        return [same, *(Standing(x, o.ms, o.ratio, o.ratio.leaves_out(1)) for x, o in measured)]

@@ -53,6 +53,10 @@ class Spread:
         """Return the spread of the sample divided by a number."""
         return Spread(self.median / x, self.low / x, self.high / x, self.least / x, self.most / x, self.count)
 
+    def leaves_out(self, x: float) -> bool:
+        """Tell whether a number is outside the quartiles."""
+        return not self.low <= x <= self.high
+
     def to_json(self) -> dict[str, float | int]:
         """Return a dictionary of JSON values."""
         return asdict(self)

@@ -7,7 +7,7 @@ import torch
 
 from autotune import clock
 from autotune.cases import Case
-from autotune.clock import Bench, Clock, Standing, raced, ranked
+from autotune.clock import Bench, Clock, Standing, raced, ranked, told_apart
 from autotune.outcomes import BoxOver
 from autotune.search import FAILED, MEASURED, WRONG
 from autotune.timing import Box, Effort, Spread
@@ -75,6 +75,16 @@ def test_a_finalist_that_fails_in_the_race_is_left_out(monkeypatch):
     monkeypatch.setattr(clock, "FINAL", Effort(least=3, most=3, seconds=0.0))
     standings = raced(BENCH, [ChunkTorchConfig(chunk_size=17), ChunkTorchConfig(chunk_size=32)], DEFAULT)
     assert [x.config.chunk_size for x in standings] == [16, 32]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "different"),
+    [([0.8] * 9, True), ([1.2] * 9, True), ([0.8] * 4, False), ([0.7] * 9 + [1.03] * 4, False), ([1.0] * 9, False)],
+    ids=["quicker", "slower", "too few rounds", "a quarter disagrees", "equal"],
+)
+def test_what_is_told_apart(ratios, different):
+    theirs = dict.fromkeys(range(len(ratios)), 10.0)
+    assert told_apart({turn: 10.0 * x for turn, x in enumerate(ratios)}, theirs) == different
 
 
 def standing(heads: int, median: float, different: bool = True) -> Standing:

@@ -103,6 +103,7 @@ BAD = [
     (chunk_kda, good(allow_neg_eigval=True), ValueError, "requires use_beta_sigmoid_in_kernel=True"),
     (chunk_kda, good(chunk_size=48), ValueError, "chunk_torch takes chunk sizes (16, 32, 64, 128), not 48"),
     (CHUNKED, good(chunk_size=48), ValueError, "chunk_size must be one of (16, 32, 64, 128), got 48"),
+    (CHUNKED, good(chunk_size="16"), ValueError, "chunk_size must be of type int, got '16'"),
     (chunk_kda, good(chunk_size=32.0), ValueError, "chunk_size must be of type int, got 32.0"),
     (chunk_kda, good(cp_context=object()), ValueError, "pass each part's final_state on"),
     (chunk_kda, good(use_graph=True), ValueError, "use_graph must be False: these ops bound nothing by it"),

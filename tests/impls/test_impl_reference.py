@@ -176,8 +176,9 @@ def test_without_a_compiler_what_should_be_compiled_runs_uncompiled_and_says_so_
 
 def test_the_environment_says_nothing_but_0_or_1_about_compiling():
     assert chunk_torch_with(KDA_COMPILE="0")[:2] == (0, ["[]", "True"])
-    rc, _, error = chunk_torch_with(KDA_COMPILE="yes")
-    assert rc == 1 and "KDA_COMPILE must be 0 or 1, got 'yes'" in error
+    for value in ("yes", "-1"):
+        rc, _, error = chunk_torch_with(KDA_COMPILE=value)
+        assert rc == 1 and f"KDA_COMPILE must be 0 or 1, got '{value}'" in error
 
 
 def test_every_row_of_the_table_has_a_bound_here_or_runs_interpreted():
