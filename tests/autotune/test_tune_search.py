@@ -9,9 +9,10 @@ import pytest
 
 from autotune.arguments import implementation_of, problem_of
 from autotune.outcomes import UsageError
-from autotune.search import FAILED, MEASURED, PENALTY, Outcome, Search
+from autotune.search import FAILED, MEASURED, PENALTY, PRUNED, Outcome, Search
 from autotune.space import Setting, space_of
 from autotune.timing import Spread
+from impls.targets import TARGETS
 
 SPACE = space_of(implementation_of("chunk_torch"), Setting(problem_of("T=4096,H=16", "float32")))
 FAILING = 128
@@ -147,3 +148,43 @@ def test_equal_seeds_try_equal_points(tmp_path, seed):
 def test_outcomes_survive_json():
     for outcome in map(surface, SPACE.points()):
         assert Outcome.from_json(json.loads(json.dumps(outcome.to_json()))) == outcome
+
+
+LARGE = space_of(implementation_of("chunk_triton"), Setting(problem_of("T=8192,H=64", "bfloat16"), TARGETS["sm_90"]))
+
+
+def large(config) -> float:
+    """Make up a time for a space of millions."""
+    warps = abs(math.log2(config.walk_warps / 2)) + abs(math.log2(config.intra_warps / 4))
+    return 1.1 ** (warps + abs(math.log2(config.value_tile / 32)) + config.intra_stages + config.recompute)
+
+
+def test_a_space_of_millions_is_searched_without_listing_it(tmp_path):
+    found = Search(LARGE, tmp_path / "study.journal", "test", first=(LARGE.kind(),))
+    assert found.size > 10**6 and not found.points
+    tried = []
+    for _ in range(150):
+        tried.append(found.next(1e9))
+        found.tell(tried[-1], Outcome(MEASURED, 1.0, spread(large(tried[-1])), spread(1.0)))
+    assert len(set(tried)) == 150 and all(map(LARGE.admits, tried))
+    assert found.outcomes[found.best(0, 1)[0]].ratio.median == pytest.approx(1.1)
+
+
+def test_a_screen_rules_out_and_orders(tmp_path):
+    seen = []
+
+    def screen(configs):
+        seen.extend(configs)
+        return {x: "spills" if x.intra_warps == 8 else large(x) for x in configs}
+
+    found = Search(LARGE, tmp_path / "study.journal", "test", first=(LARGE.kind(),), screen=screen)
+    tried = []
+    for _ in range(60):
+        tried.append(found.next(0.0))
+        found.tell(tried[-1], Outcome(MEASURED, 1.0, spread(large(tried[-1])), spread(1.0)))
+    assert not [x for x in tried if x.intra_warps == 8]
+    pruned = [x for x, outcome in found.outcomes.items() if outcome.status == PRUNED]
+    assert pruned and all(x.intra_warps == 8 and found.outcomes[x].message == "spills" for x in pruned)
+    # the first neighbour that is measured is the one of the least estimate
+    assert large(tried[1]) == min(large(x) for x in seen[: seen.index(tried[1]) + 1] if x.intra_warps != 8)
+    assert large(found.best(0, 1)[0]) == pytest.approx(1.1)
