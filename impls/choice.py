@@ -1,14 +1,15 @@
-"""Settle the configuration of one call: the caller's, checked, or the default for the sizes and the target."""
+"""Settle the configuration of one call: the caller's, checked, else what is tuned, else the default."""
 
 import os
-from dataclasses import asdict, astuple, replace
+from dataclasses import astuple, replace
 from functools import lru_cache
 
 from impls.configs import ChunkTorchConfig, ChunkTritonConfig, RecurrentTorchConfig, RecurrentTritonConfig, invalid
-from impls.defaults import CHUNK, default_chunk, default_recurrent
-from impls.footprint import misfit
+from impls.defaults import default_chunk, default_recurrent
+from impls.footprint import unfit
+from impls.plan import Problem
 from impls.targets import Target
-from impls.tuned import looked_up, shape_of
+from impls.tuned import Shape, looked_up, shape_of
 
 
 def chunk_torch_launch(config: ChunkTorchConfig | None, chunk_size: int | None, device: str) -> tuple[int, ...]:
@@ -59,15 +60,16 @@ def recurrent_torch_config(launch: tuple[int, ...], q, v, cu_seqlens) -> Recurre
 
 
 def chunk_triton_launch(config: ChunkTritonConfig | None, chunk_size: int | None) -> tuple[int, ...]:
-    """Return what the op is told, C first: the fields of a configuration, or C alone, for the default of that C.
+    """Return what the op is told, C first: the fields of a configuration, or C alone, 0 for any.
 
-    The default depends on sizes and device, which are known inside the op: under torch.compile this here is traced.
-    Raises as `chunk_torch_launch`.
+    What is tuned, and the default, depend on sizes and device, which are known inside the op: under torch.compile this
+    here is traced. Raises as `chunk_torch_launch`.
     """
     if config is not None:
         return _numbers(_accepted(config, ChunkTritonConfig, "chunk_triton", chunk_size))
-    C = CHUNK if chunk_size is None else chunk_size
-    return (_accepted(ChunkTritonConfig(chunk_size=C), ChunkTritonConfig, "chunk_triton").chunk_size,)
+    if chunk_size is not None:
+        _accepted(ChunkTritonConfig(chunk_size=chunk_size), ChunkTritonConfig, "chunk_triton")
+    return (chunk_size or 0,)
 
 
 def recurrent_triton_launch(config: RecurrentTritonConfig | None, chunk_size: int | None) -> tuple[int, ...]:
@@ -77,11 +79,30 @@ def recurrent_triton_launch(config: RecurrentTritonConfig | None, chunk_size: in
     return () if config is None else _numbers(_accepted(config, RecurrentTritonConfig, "recurrent_triton"))
 
 
+def tuned_chunk_triton(
+    launch: tuple[int, ...], problem: Problem, device: str, interval: int
+) -> ChunkTritonConfig | None:
+    """Return what is tuned for a call that `chunk_triton_launch` gave no configuration for, and fits its C and device.
+
+    interval: as in `chunk_torch_config`. None where nothing is: then `chunk_triton_config`.
+    """
+    if len(launch) > 1:
+        return None
+    found = looked_up("chunk_triton", device, _shape(problem), interval or None)
+    return found.config if found and launch[0] in (0, found.config.chunk_size) else None
+
+
+def tuned_recurrent_triton(launch: tuple[int, ...], problem: Problem, device: str) -> RecurrentTritonConfig | None:
+    """Return what is tuned for a call that `recurrent_triton_launch` gave no configuration for, else None."""
+    found = None if launch else looked_up("recurrent_triton", device, _shape(problem))
+    return found and found.config
+
+
 @lru_cache(maxsize=256)
 def chunk_triton_config(
     launch: tuple[int, ...], K: int, V: int, dtype: str, target: Target, keeps: bool = False
 ) -> ChunkTritonConfig:
-    """Return the configuration that `chunk_triton_launch` stands for on a target; keeps: states on the way are kept.
+    """Return the configuration that was given, else the default of C; keeps: states on the way are kept.
 
     One that needs more shared memory than the target has is a ValueError that names what would fit.
     """
@@ -94,9 +115,14 @@ def chunk_triton_config(
 def recurrent_triton_config(
     launch: tuple[int, ...], K: int, V: int, dtype: str, target: Target
 ) -> RecurrentTritonConfig:
-    """Return the configuration that `recurrent_triton_launch` stands for on a target; as `chunk_triton_config`."""
+    """Return the configuration that was given, else the default; as `chunk_triton_config`."""
     config = RecurrentTritonConfig(*launch) if launch else default_recurrent(K, V, dtype, target)
     return _fitting(config, K, V, dtype, target)
+
+
+def _shape(problem: Problem) -> Shape:
+    p = problem
+    return Shape(p.T, p.N, p.HV, p.K, p.V, p.dtype, p.packed)
 
 
 def _compile_wanted(device: str) -> int:
@@ -128,9 +154,6 @@ def _accepted(config, kind: type, name: str, chunk_size: int | None = None):
 
 
 def _fitting(config, K: int, V: int, dtype: str, target: Target, keeps: bool = False):
-    capped = [name for name, x in asdict(config).items() if name.endswith("registers") and x]
-    if capped and target.backend == "hip":
-        raise ValueError(f"{capped[0]} must be 0 on {target.name}, whose compiler takes no cap, got {config}")
-    if reason := misfit(config, K, V, dtype, target, keeps):
+    if reason := unfit(config, K, V, dtype, target, keeps):
         raise ValueError(reason)
     return config

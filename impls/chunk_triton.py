@@ -14,18 +14,21 @@ segments, and `walk` again from those.
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 
 from impls.activations_triton import exp2, gate_parameters, inverse_norm, log2_decay, write_strength
 from impls.call import call_raw
-from impls.choice import chunk_triton_config, chunk_triton_launch
+from impls.choice import chunk_triton_config, chunk_triton_launch, tuned_chunk_triton
 from impls.configs import ChunkTritonConfig
+from impls.defaults import CHUNK
 from impls.launcher import forward_of
 from impls.layout_triton import bounds, first_slot, inside, owner, spans_before, state_offsets, tile
 from impls.plan import Launch, Plan, Problem, inverse_precision, narrow, options, tile_of
 from impls.registration import register_raw
 from impls.targets import Target
+from impls.targets import of as target_of
 from impls.tree_triton import decayed, inverse, tree
 
 
@@ -440,11 +443,13 @@ def chunk_triton(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     config: a ChunkTritonConfig. Raises as `choice.chunk_triton_launch` and `call.call_raw` do. Not differentiable.
     """
     launch = chunk_triton_launch(config, chunk_size)
-    return call_raw(op, q, k, v, g, beta, launch=launch, chunk_size=launch[0], **keywords)
+    return call_raw(op, q, k, v, g, beta, launch=launch, chunk_size=launch[0] or CHUNK, **keywords)
 
 
-def _plan_of(problem: Problem, target: Target, launch: tuple[int, ...]) -> Plan:
-    config = chunk_triton_config(launch, problem.K, problem.V, problem.dtype, target, problem.keeps)
+def _plan_of(problem: Problem, device: torch.device, interval: int, launch: tuple[int, ...]) -> Plan:
+    target, config = target_of(device), tuned_chunk_triton(launch, problem, str(device), interval)
+    if config is None:
+        config = chunk_triton_config(launch, problem.K, problem.V, problem.dtype, target, problem.keeps)
     return plan(problem, config, target)
 
 

@@ -10,7 +10,7 @@ stage, `recompute`, and states that are kept, where how much goes through shared
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from impls.configs import ChunkTritonConfig, RecurrentTritonConfig
 from impls.plan import ITEMSIZE, Problem, tile_of
@@ -136,6 +136,14 @@ def misfit(config: Config, K: int, V: int, dtype: str, target: Target, keeps: bo
         f"{kernel} needs {needed} bytes of shared memory for K = {K}, V = {V} in {dtype}, "
         f"{target.name} has {target.shared_memory}{fits}"
     )
+
+
+def unfit(config: Config, K: int, V: int, dtype: str, target: Target, keeps: bool = False) -> str | None:
+    """Return None for what the target can launch, else why not: a cap that its compiler does not take, or `misfit`."""
+    capped = [name for name, x in asdict(config).items() if name.endswith("registers") and x]
+    if capped and target.backend == "hip":
+        return f"{capped[0]} must be 0 on {target.name}, whose compiler takes no cap, got {config}"
+    return misfit(config, K, V, dtype, target, keeps)
 
 
 def fitted(

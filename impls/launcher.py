@@ -7,14 +7,15 @@ import torch
 
 from impls.checks import DTYPE_NAMES, bounds_of
 from impls.plan import Plan, Problem
-from impls.targets import Target
-from impls.targets import of as target_of
 
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def forward_of(plan_of: Callable[[Problem, Target, tuple[int, ...]], Plan]) -> Callable[..., Tensors3]:
-    """Return the forward of an op for `registration.register_raw` that runs plan_of(problem, target, launch)."""
+def forward_of(plan_of: Callable[[Problem, torch.device, int, tuple[int, ...]], Plan]) -> Callable[..., Tensors3]:
+    """Return the forward of an op for `registration.register_raw` that runs plan_of(problem, device, interval, launch).
+
+    interval: tokens between the states that are kept, 0 where none are.
+    """
 
     def forward(
         q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, l2norm,
@@ -30,7 +31,7 @@ def forward_of(plan_of: Callable[[Problem, Target, tuple[int, ...]], Plan]) -> C
         )  # fmt: skip
         _check_interpreter(q)
         _check_values(q, cu_seqlens, cu_seqlens_cpu)
-        plan = plan_of(problem, target_of(q.device), tuple(launch))
+        plan = plan_of(problem, q.device, state_interval, tuple(launch))
         given = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias,
                  "initial": initial_state, "cu_seqlens": cu_seqlens}  # fmt: skip
         buffers = {name: x.contiguous() for name, x in given.items() if x is not None}

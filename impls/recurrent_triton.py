@@ -10,18 +10,20 @@ float32 registers; a token is fetched while the one before it is worked on. All 
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 
 from impls.activations_triton import exp2, gate_parameters, inverse_norm, log2_decay, write_strength
 from impls.call import call_raw
-from impls.choice import recurrent_triton_config, recurrent_triton_launch
+from impls.choice import recurrent_triton_config, recurrent_triton_launch, tuned_recurrent_triton
 from impls.configs import RecurrentTritonConfig
 from impls.launcher import forward_of
 from impls.layout_triton import bounds, inside, spans_before, state_offsets
 from impls.plan import Launch, Plan, Problem, options, tile_of
 from impls.registration import register_raw
 from impls.targets import Target
+from impls.targets import of as target_of
 
 
 @triton.jit(do_not_specialize=["T", "interval", "kept_rows"])
@@ -116,8 +118,10 @@ def recurrent_triton(q, k, v, g, beta, *, config=None, chunk_size=None, **keywor
     return call_raw(op, q, k, v, g, beta, launch=launch, chunk_size=1, **keywords)
 
 
-def _plan_of(problem: Problem, target: Target, launch: tuple[int, ...]) -> Plan:
-    config = recurrent_triton_config(launch, problem.K, problem.V, problem.dtype, target)
+def _plan_of(problem: Problem, device: torch.device, interval: int, launch: tuple[int, ...]) -> Plan:
+    target, config = target_of(device), tuned_recurrent_triton(launch, problem, str(device))
+    if config is None:
+        config = recurrent_triton_config(launch, problem.K, problem.V, problem.dtype, target)
     return plan(problem, config, target)
 
 

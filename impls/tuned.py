@@ -4,9 +4,12 @@ Folders, the first that has a file of the device wins: $KDA_CONFIG_DIR, the user
 kda-forge/configs), what this package ships. Within a file the entry of the same shape, else one of the same bucket (the
 powers of two that T, the number of sequences and heads fall under; the same K, V, dtype and packing), else its default
 row. Without such a file that of the nearest device: the same kind and capability, `generic-cpu` among CPUs. Files are
-data from strangers: bounded in size, checked against a schema, and every configuration by `configs.invalid`.
+data from strangers: bounded in size, checked against a schema, every configuration by `configs.invalid`, and those of
+Triton kernels against the device that they are to run on by `footprint.unfit`. Ranks of one job compare what they
+would read with `impls.ranks.check_same`.
 """
 
+import hashlib
 import json
 import os
 import warnings
@@ -16,15 +19,17 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from impls.checks import DTYPE_NAMES
-from impls.configs import ChunkTorchConfig, RecurrentTorchConfig, invalid
-from impls.devices import named, slug
+import torch
 
-KINDS = {
-    "chunk_torch": ChunkTorchConfig,
-    "recurrent_torch": RecurrentTorchConfig,
-}
-"""What looks its configuration up, and a file may configure."""
+from impls.checks import DTYPE_NAMES
+from impls.configs import ChunkTritonConfig, RecurrentTritonConfig, invalid
+from impls.devices import named, slug
+from impls.footprint import unfit
+from impls.table import IMPLEMENTATIONS, find
+from impls.targets import of as target_of
+
+KINDS = {row.name: row.config for row in IMPLEMENTATIONS if row.config}
+"""What looks its configuration up, and a file may configure: the implementations that have one."""
 LIMIT = 4 << 20
 """Bytes of a file that is read."""
 PACKAGED = Path(__file__).with_name("tuned")
@@ -130,52 +135,117 @@ def config_of(implementation: str, row: dict):
     return config
 
 
+@lru_cache(maxsize=4096)
 def looked_up(implementation: str, device: str, shape: Shape, chunks_of: int | None = None) -> Found | None:
     """Return the tuned configuration for a shape on cpu or cuda:N, None where there is none.
 
-    chunks_of: only configurations whose chunk size divides it. A file that cannot be used is passed over with a
-    warning, once: an op never fails for it. Where no file speaks of the device a warning says so, once.
+    chunks_of: tokens between states that are kept: only configurations whose chunk size divides it. A file that cannot
+    be used, and a row that does not fit the device, are passed over with a warning, once: an op never fails for them.
+    Where no file speaks of the device a warning says so, once. Kernels that are interpreted on a CPU have no files.
     """
-    if device.split(":")[0] not in ("cpu", "cuda"):
+    if not looks_up(implementation, device):
         return None
-    found = _looked_up(implementation, device, shape, chunks_of)
-    if found is None:
-        _told_missing(implementation, device)
-    return found
-
-
-@lru_cache(maxsize=4096)
-def _looked_up(implementation: str, device: str, shape: Shape, chunks_of: int | None) -> Found | None:
-    for path, nearest in candidates(implementation, device):
-        if (data := _read_once(path)) and data["implementation"] == implementation:
-            found = _in_file(data, path, shape, chunks_of, nearest)
-            if found:
-                return found
+    for path, nearest in _files(implementation, device):
+        rows = _rows(path, nearest)
+        for key in (("exact", shape), ("bucket", shape.bucket), ("default", None)):
+            for found in rows.get(key, ()):
+                if _usable(found, shape, chunks_of, device):
+                    return found
+    if not _files(implementation, device):
+        _tell_missing(implementation, device, shape)
     return None
 
 
-@cache
-def _told_missing(implementation: str, device: str) -> None:
-    if any(_read_once(path) for path, _ in candidates(implementation, device)):
-        return
+def looks_up(implementation: str, device: str) -> bool:
+    """Tell whether files can configure an implementation on a device: not where Triton's kernels are interpreted."""
+    return device.split(":")[0] in ("cpu", "cuda") and named(device)["kind"] in find(implementation).devices
+
+
+def _usable(found: Found, shape: Shape, chunks_of: int | None, device: str) -> bool:
+    if chunks_of is not None and chunks_of % getattr(found.config, "chunk_size", 1):
+        return False
+    reason = _refusal(found.config, device, shape.K, shape.V, shape.dtype, chunks_of is not None)
+    if reason:
+        _warn_once((found.path, found.config), f"{found.config} of {found.path} is not used: {reason}")
+    return not reason
+
+
+@lru_cache(maxsize=1024)
+def _refusal(config: object, device: str, K: int, V: int, dtype: str, keeps: bool) -> str | None:
+    if not isinstance(config, ChunkTritonConfig | RecurrentTritonConfig):
+        return None
+    return unfit(config, K, V, dtype, target_of(torch.device(device)), keeps)
+
+
+def _tell_missing(implementation: str, device: str, shape: Shape) -> None:
     name = named(device)["name"]
-    command = f"; python -m autotune tune --op {implementation} makes it" if device == "cpu" else ""
-    warnings.warn(
+    _warn_once(
+        (implementation, device),
         f"{implementation} runs with its default configuration: nothing is tuned for {name}, there is no "
-        f"{path_of(user_folder(), implementation, name)}{command}",
-        RuntimeWarning,
-        stacklevel=3,
+        f"{path_of(user_folder(), implementation, name)}; {command(implementation, device, shape)} makes it",
+    )
+
+
+_TOLD: set[tuple] = set()
+"""What was warned of."""
+
+
+def _warn_once(about: tuple, message: str) -> None:
+    if about not in _TOLD:
+        _TOLD.add(about)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def command(implementation: str, device: str, shape: Shape) -> str:
+    """Return the command that tunes for a shape; where none can, the one whose result serves all other shapes as well.
+
+    The tuner takes K = V, sequences of one length side by side, and no float64.
+    """
+    T, dtype = shape.T, shape.dtype
+    whole = not shape.packed and shape.K == shape.V and dtype != "float64"
+    if not whole:
+        T, dtype = T // max(1, shape.N) if shape.packed else T, "float32" if dtype == "float64" else dtype
+    return (
+        f"python -m autotune tune --device {device} --op {implementation} --tokens {max(1, T)} --heads {shape.HV} "
+        f"--sequences {max(1, shape.N)} --head-dim {shape.K} --dtype {dtype}{'' if whole else ' --default-row'}"
     )
 
 
 def forget() -> None:
     """Read files anew from now on: the environment or a file has changed."""
-    for function in (_looked_up, _read_once, _told_missing):
+    _TOLD.clear()
+    for function in (looked_up, _refusal, _files, _rows, _read_once):
         function.cache_clear()
 
 
-def candidates(implementation: str, device: str) -> Iterator[tuple[Path, bool]]:
-    """Yield the files to look at in order, and whether each is another device's."""
+def digest(device: str) -> str:
+    """Return a hash, 64 hexadecimal digits, of every file that a lookup on cpu or cuda:N could use, in their order.
+
+    Of contents as this process has read them, not of paths: equal ones choose equally on devices that are alike.
+    """
+    told = [
+        [name, nearest, _read_once(path)]
+        for name in KINDS
+        if looks_up(name, device)
+        for path, nearest in _files(name, device)
+    ]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _files(implementation: str, device: str) -> tuple[tuple[Path, bool], ...]:
+    """Return the files to look at in order, those that can be used, and whether each is another device's."""
+    found = []
+    for path, nearest in _candidates(implementation, device):
+        if data := _read_once(path):
+            if data["implementation"] == implementation:
+                found.append((path, nearest))
+            else:
+                _warn_once((path,), f"{path} is not used: it is of {data['implementation']}, not {implementation}")
+    return tuple(found)
+
+
+def _candidates(implementation: str, device: str) -> Iterator[tuple[Path, bool]]:
     about = named(device)
     own = [path_of(folder, implementation, about["name"]) for folder in folders()]
     yield from ((path, False) for path in own if os.path.isfile(path))
@@ -189,7 +259,7 @@ def candidates(implementation: str, device: str) -> Iterator[tuple[Path, bool]]:
         data = _read_once(path) if path not in own else None
         if data and all(data["device"].get(x) == about[x] for x in ("kind", "capability")):
             alike.append((abs((data["device"].get("units") or 0) - about["units"]), path))
-    yield from ((path, True) for _, path in sorted(alike))
+    yield from ((path, True) for _, path in sorted(alike, key=lambda x: x[0]))
 
 
 @cache
@@ -201,14 +271,15 @@ def _read_once(path: Path) -> dict | None:
         return None
 
 
-def _in_file(data: dict, path: Path, shape: Shape, chunks_of: int | None, nearest: bool) -> Found | None:
-    def usable(row: dict) -> bool:
-        return chunks_of is None or chunks_of % row.get("chunk_size", 1) == 0
-
-    entries = [(Shape(**entry["shape"]), entry) for entry in data["entries"] if usable(entry["config"])]
-    for row, alike in (("exact", lambda x: x == shape), ("bucket", lambda x: x.bucket == shape.bucket)):
-        if entry := next((entry for x, entry in entries if alike(x)), None):
-            return Found(config_of(data["implementation"], entry["config"]), path, row, entry, nearest)
-    if data["default"] and usable(data["default"]):
-        return Found(config_of(data["implementation"], data["default"]), path, "default", None, nearest)
-    return None
+@cache
+def _rows(path: Path, nearest: bool) -> dict[tuple, list[Found]]:
+    """Return the rows of a file by what they are found by: with a new T in every call it is not read through again."""
+    data, rows = _read_once(path), {}
+    for entry in data["entries"]:
+        config, shape = config_of(data["implementation"], entry["config"]), Shape(**entry["shape"])
+        for key in (("exact", shape), ("bucket", shape.bucket)):
+            rows.setdefault(key, []).append(Found(config, path, key[0], entry, nearest))
+    if data["default"]:
+        config = config_of(data["implementation"], data["default"])
+        rows["default", None] = [Found(config, path, "default", None, nearest)]
+    return rows

@@ -119,7 +119,10 @@ BAD = {
     "what is not verified": json.dumps(file_of(entry() | {"verified": {"profile": "tune", "outcome": "failed"}})),
     "half a token": json.dumps(file_of(entry())).replace('"T": 4096', '"T": 4096.0'),
     "endless brackets": "[" * 100_000,
-    "another implementation": json.dumps(file_of(entry()) | {"implementation": "subprocess"}),
+    "an unknown implementation": json.dumps(file_of(entry()) | {"implementation": "subprocess"}),
+    "another implementation": json.dumps(
+        file_of(entry() | {"config": {"compile": False}}) | {"implementation": "recurrent_torch"}
+    ),
 }
 
 
@@ -144,6 +147,14 @@ def test_folders_that_cannot_be_read_or_named_are_passed_over(folder, tmp_path, 
     assert found().config.heads == 4
 
 
+def test_a_shape_that_was_not_seen_yet_reads_no_file(folder, monkeypatch):
+    put(folder, file_of(entry(heads=8)))
+    found()
+    monkeypatch.setattr(tuned, "read", lambda path: 1 / 0)
+    monkeypatch.setattr(tuned.os.path, "isfile", lambda path: 1 / 0)
+    assert found(SHAPE._replace(T=2500)).config.heads == 8 and found(SHAPE._replace(T=1)) is None
+
+
 def test_other_devices_have_nothing_tuned(folder):
     put(folder, file_of(entry()))
     assert tuned.looked_up("chunk_torch", "mps", SHAPE) is None
@@ -161,7 +172,7 @@ def test_where_nothing_is_tuned_one_warning_names_the_file_and_the_command(folde
         assert found() is None and found(SHAPE._replace(T=1)) is None
     (warning,) = said
     assert "a-cpu/chunk_torch.json" in str(warning.message)
-    assert "python -m autotune tune --op chunk_torch" in str(warning.message)
+    assert "python -m autotune tune --device cpu --op chunk_torch --tokens 4096 --heads 16" in str(warning.message)
 
 
 def test_a_file_that_knows_other_shapes_is_no_reason_to_warn(folder):
