@@ -34,6 +34,8 @@ class Case:
     """Whether it runs when no case is named."""
     forms: tuple[str, ...] = ("chunk",)
     """Forms of ours that run: token by token is out of the question for long sequences."""
+    initial: bool = False
+    """Whether sequences go on from a state, as in decoding."""
 
     @property
     def sizes(self) -> Sizes:
@@ -70,6 +72,20 @@ CASES = tuple(
     for shape in _shapes()
     for bounded in (False, True)
 )
+
+
+_48B = {"H": 32, "K": 128, "V": 128}
+PRESETS = {
+    "kimi-linear-48b": {
+        "chunk": (
+            Case("prefill", 1, 8192, **_48B),
+            Case("prefill-packed", 1, 8192, lengths=MIXED, **_48B),
+            Case("prefill-long", 1, 65536, **_48B),
+        ),
+        "recurrent": tuple(Case(f"decode-{N}", N, 1, initial=True, **_48B) for N in (1, 32, 256)),
+    },
+}
+"""Model -> form -> the shapes that it is tuned for, the one that matters most first."""
 
 
 def selected(patterns: str | None) -> tuple[Case, ...]:
@@ -119,6 +135,8 @@ def draw(case: Case, device: str, dtype: str, seed: int = 0) -> dict[str, object
         "output_final_state": True,
         "state_v_first": True,
     }
+    if case.initial:
+        arguments["initial_state"] = normal(case.sizes.N, H, V, K).float()
     return arguments | _packing(case, device)
 
 

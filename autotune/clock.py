@@ -17,7 +17,7 @@ from autotune.contest import relative_error
 from autotune.outcomes import BoxOver
 from autotune.paired import LEVEL, TIE, signed_rank
 from autotune.search import FAILED, MEASURED, WRONG, Outcome
-from autotune.timing import LAUNCHED, Box, Effort, Samples, Spread, race, ratio, stopwatch
+from autotune.timing import Box, Effort, Samples, Spread, Stopwatch, race, ratio, stopwatch
 
 FIRST = Effort(least=3, most=3, seconds=0)
 MORE = Effort(least=4, most=12, seconds=1.5)
@@ -64,9 +64,10 @@ class Clock:
     def __init__(self, bench: Bench, default: object, box: Box):
         self.bench, self.box, self.watch = bench, box, stopwatch(bench.device)
         self.usual, self.calls = default, bench.calls()
-        self.default = self.calls(default)
+        call = self.calls(default)
         with torch.no_grad():
-            self.expected = self.default()
+            self.expected = call()
+            self.default = prepared(self.watch, call)
 
     @torch.no_grad()
     def outcome(self, config) -> Outcome:
@@ -76,9 +77,10 @@ class Clock:
         try:
             if wrong := self._wrong(call(), call()):
                 return Outcome(WRONG, time.monotonic() - begun, message=wrong)
-            samples = self._rounds(call, FIRST)
+            timed = prepared(self.watch, call)
+            samples = self._rounds(timed, FIRST)
             if ratio(*samples).median < HOPELESS:
-                samples = self._rounds(call, MORE)
+                samples = self._rounds(timed, MORE)
         except BoxOver:
             raise
         except Exception as error:  # whatever a candidate raises is a result of the search, not its end
@@ -92,7 +94,7 @@ class Clock:
 
     def _rounds(self, call: Callable, effort: Effort) -> tuple[Samples, Samples]:
         runners = {0: call, 1: self.default}
-        timed = {key: partial(self.watch.milliseconds, x, LAUNCHED) for key, x in runners.items()}
+        timed = {key: partial(self.watch.milliseconds, x, self.watch.modes[-1]) for key, x in runners.items()}
         samples, raised = race(timed, effort, self.box)
         if raised:
             raise next(iter(raised.values()))
@@ -105,6 +107,11 @@ class Clock:
             if not (error := relative_error(x, expected)) <= DIFFERENCE[self.bench.dtype]:
                 return f"{name} is {error:.1e} away from the default's"
         return None
+
+
+def prepared(watch: Stopwatch, call: Callable[[], tuple]) -> Callable[[], object]:
+    """Return what is timed of a warm call: on CUDA a graph of it, without the host's share: it is common to all."""
+    return watch.prepare(call, watch.modes[-1])[0]
 
 
 def raced(bench: Bench, configs: list, default: object) -> list[Standing]:
@@ -125,7 +132,7 @@ def _raced(bench: Bench, configs: list, default: object, effort: Effort) -> list
             call = calls(config)
             with contextlib.nullcontext() if config == default else contextlib.suppress(Exception):
                 call()
-                runners[config] = partial(watch.milliseconds, call, LAUNCHED)
+                runners[config] = partial(watch.milliseconds, prepared(watch, call), watch.modes[-1])
         samples, raised = race(runners, effort, Box(math.inf))
     if default in raised:
         raise raised[default]

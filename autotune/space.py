@@ -20,7 +20,15 @@ from rich.table import Table
 from autotune import display, provenance
 from autotune.arguments import DTYPES, implementation_of, problem_of, target_of
 from autotune.outcomes import PASS, UsageError
-from impls.configs import SHARED, TUNABLES, ChunkTorchConfig, ChunkTritonConfig, invalid
+from impls.configs import (
+    SHARED,
+    TUNABLES,
+    ChunkTorchConfig,
+    ChunkTritonConfig,
+    RecurrentTritonConfig,
+    invalid,
+)
+from impls.defaults import default_chunk, default_recurrent
 from impls.footprint import shared_memory
 from impls.plan import Problem, tile_of
 from impls.table import IMPLEMENTATIONS, Impl
@@ -157,6 +165,15 @@ def space_of(implementation: Impl, setting: Setting, fixed: dict[str, object] | 
     if reason := invalid(kind(**fixed)):
         raise UsageError(f"--fix: {reason}")
     return Space(implementation.name, kind, parts, _restrictions(implementation, setting), fixed)
+
+
+def usual_of(space: Space, setting: Setting):
+    """Return the configuration that a call has which names none and which nothing was tuned for."""
+    p, target = setting.problem, setting.target
+    if space.kind not in (ChunkTritonConfig, RecurrentTritonConfig):
+        return space.kind()
+    choose = default_chunk if space.kind is ChunkTritonConfig else default_recurrent
+    return choose(p.K, p.V, p.dtype, target)
 
 
 def _restrictions(implementation: Impl, setting: Setting) -> tuple[Restriction, ...]:

@@ -18,10 +18,9 @@ from rich.table import Table
 from autotune import display, provenance
 from autotune.arguments import DTYPES, fixed_of, implementation_of, problem_of, seconds_of, target_of
 from autotune.outcomes import NOTHING, PASS, UNFINISHED, UsageError
-from autotune.space import Setting, Space, space_of
+from autotune.space import Setting, space_of, usual_of
 from autotune.store import now, write
 from autotune.timing import Box
-from impls.defaults import default_chunk, default_recurrent
 from impls.estimate import RATES
 from impls.tuned import user_folder
 
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     cache = user_folder().with_name("compiled")
     with compiling.Compiler(cache, args.processes, timeout) as compiler:
         ranking = Ranking(space, setting, compiler, box)
-        _descended(ranking, replace(_default(setting, space), **fixed), page)
+        _descended(ranking, replace(usual_of(space, setting), **fixed), page)
     if args.out:
         write(args.out, json.dumps(_file(args.op, setting, ranking), indent=1) + "\n")
     _show(page, ranking, setting)
@@ -88,12 +87,6 @@ def _imported():
     except Interpreting as error:
         raise UsageError(str(error)) from error
     return compiling, Ranking
-
-
-def _default(setting: Setting, space: Space):
-    p, target = setting.problem, setting.target
-    choose = default_recurrent if "walk" not in space.parts else default_chunk
-    return choose(p.K, p.V, p.dtype, target)
 
 
 def _descended(ranking: "Ranking", start, page: Console) -> None:

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
-from autotune import judge, tune
+from autotune import clock, judge, study, tune
 from autotune.__main__ import main
-from autotune.outcomes import FAILED, NOTHING, PASS, USAGE
+from autotune.outcomes import FAILED, NOTHING, PASS, UNFINISHED, USAGE
+from autotune.search import Outcome
 from autotune.timing import Spread
 from impls import ChunkTorchConfig, tuned
 from impls.devices import named
@@ -20,7 +22,7 @@ TINY = ["--op", "chunk_torch", "--tokens", "64", "--heads", "2", "--head-dim", "
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuned, "PACKAGED", tmp_path / "packaged")
-    monkeypatch.setattr(tune.clock, "FINAL", tune.clock.Effort(least=3, most=3, seconds=0.0))
+    monkeypatch.setattr(clock, "FINAL", clock.Effort(least=3, most=3, seconds=0.0))
     tuned.forget()
     yield tmp_path / "kda-forge"
     tuned.forget()
@@ -74,14 +76,14 @@ def test_a_second_run_measures_nothing_again(cache, judged, capsys):
 
 
 def test_ctrl_c_loses_no_trial(cache, judged, monkeypatch, capsys):
-    real, count = tune.clock.Clock.outcome, iter(range(100))
+    real, count = clock.Clock.outcome, iter(range(100))
 
     def interrupted(self, config):
         if next(count) == 3:
             raise KeyboardInterrupt
         return real(self, config)
 
-    monkeypatch.setattr(tune.clock.Clock, "outcome", interrupted)
+    monkeypatch.setattr(clock.Clock, "outcome", interrupted)
     assert main(["tune", *TINY, "--budget", "60s"]) == session.INTERRUPTED
     assert not own_file(cache).exists()
     assert main(["tune", *TINY, "--budget", "60s"]) == PASS
@@ -92,11 +94,11 @@ def test_what_fails_verification_is_passed_over(cache, judged, monkeypatch, caps
     asked, refused = judged
     default, quicker, near = (ChunkTorchConfig(chunk_size=x) for x in (16, 32, 64))
     standings = [
-        tune.clock.Standing(config, spread, spread, config is quicker)
+        clock.Standing(config, spread, spread, config is quicker)
         for config, x in ((default, 1.0), (quicker, 0.5), (near, 0.9))
         for spread in (Spread(x, x, x, x, x, 9),)
     ]
-    monkeypatch.setattr(tune.clock, "raced", lambda *arguments: standings)
+    monkeypatch.setattr(clock, "raced", lambda *arguments: standings)
     refused.add(quicker)
     assert main(["tune", *TINY, "--budget", "1s"]) == PASS
     assert asked == [quicker, default] and "not chosen" in capsys.readouterr().out
@@ -111,7 +113,7 @@ def test_where_nothing_passes_no_file_is_written(cache, judged, capsys):
 
 def test_json_is_all_that_machines_get(cache, judged, capsys):
     assert main(["tune", *TINY, "--budget", "1s", "--json"]) == PASS
-    found = json.loads(capsys.readouterr().out)
+    (found,) = json.loads(capsys.readouterr().out)["results"]
     assert found["path"] == str(own_file(cache)) and found["entry"]["timing"]["trials"] >= 1
 
 
@@ -123,7 +125,12 @@ def test_a_file_can_be_written_for_a_device_of_another_name(cache, judged, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cuda:0"], "--device must be cpu"),
+        (["--device", "gpu"], "--device must be cpu or cuda:N"),
+        (["--device", "cuda:0"], "sees no CUDA device"),
+        (["--preset", "kimi"], "--preset must be one of kimi-linear-48b"),
+        (["--preset", "kimi-linear-48b", "--tokens", "9"], "--tokens does not go with it"),
+        (["--minutes", "0"], "--minutes must be positive"),
+        (["--op", "all", "--record", "x.json"], "--record keeps the trials of one shape, 2 are asked for"),
         (["--op", "chunk_triton"], "--op must be one of"),
         (["--budget", "soon"], "--budget"),
         (["--budget", "0s"], "--budget"),
@@ -184,3 +191,36 @@ def test_show_names_a_corrupt_file(cache, capsys):
 def test_show_refuses_what_is_no_shape(capsys, shape):
     assert main(["show", "--shape", shape]) == USAGE
     assert "--shape" in capsys.readouterr().err
+
+
+def test_a_time_box_is_shared_out_and_what_is_left_goes_on(cache, judged, monkeypatch, capsys):
+    both, box = ["tune", "--op", "all", *TINY[2:], "--trials", "2", "--minutes", "9"], SimpleNamespace(left=540.0)
+    real = tune._tuned
+
+    def slow(task, now, seconds):
+        assert seconds == 540 / 2 - tune.AFTER
+        box.left = 0.0
+        return real(task, now, seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "_tuned", slow)
+        patch.setattr(tune, "Box", lambda seconds: box)
+        assert main(both) == UNFINISHED
+    told = capsys.readouterr().out
+    assert "chunk_torch at T=64" in told and "not begun: recurrent_torch at T=64" in told
+    assert main(both) == PASS
+    told = capsys.readouterr().out
+    assert told.index("recurrent_torch at") < told.index("chunk_torch at"), "what has no entry comes first"
+
+
+def test_of_several_shapes_the_least_bad_becomes_the_row_for_all_others(tmp_path):
+    configs = [ChunkTorchConfig(chunk_size=x) for x in (16, 32, 64)]
+    ratios = ((1.0, 0.5, 0.9), (1.0, 1.2, 0.95))
+    searches = [SimpleNamespace(outcomes={x: measured(y) for x, y in zip(configs, own, strict=True)}) for own in ratios]
+    assert study.least_worst(searches) == configs[2]
+    searches[1].outcomes.pop(configs[2])
+    assert study.least_worst(searches) == configs[0], "measured for all shapes"
+
+
+def measured(x: float) -> Outcome:
+    return Outcome("measured", 1.0, Spread(x, x, x, x, x, 9), Spread(x, x, x, x, x, 9))
