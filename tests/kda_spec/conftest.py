@@ -1,4 +1,4 @@
-"""Draw inputs of every family: what the tests of the forms, of the gradients and of the gates share."""
+"""Draw inputs of every family, and tiny models: what the tests of the forms, gradients, gates and layers share."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kda_spec import Inputs
+from kda_spec import Inputs, Settings, settings_of, tensor_shapes
 
 # Name -> (keys, gates, beta). Every family lies in the domain; those named `reset` and `abyss` leave that of chunkwise.
 FAMILIES = {
@@ -85,3 +85,62 @@ def cases() -> SimpleNamespace:
     """Offer `draw(family, seed, **sizes)` and `relative(actual, expected)`."""
     table: dict[str, Callable] = {"draw": draw, "relative": relative}
     return SimpleNamespace(**table)
+
+
+# A released config.json made tiny: every size different, a dense first layer, MLA last though no multiple of four.
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 5,
+    "linear_attn_config": {
+        "full_attn_layers": [3, 5],
+        "kda_layers": [1, 2, 4],
+        "num_heads": 2,
+        "head_dim": 8,
+        "short_conv_kernel_size": 4,
+    },
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "q_lora_rank": None,
+    "mla_use_nope": True,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "num_experts": 8,
+    "num_experts_per_token": 3,
+    "num_expert_group": 1,
+    "topk_group": 1,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 12,
+    "moe_renormalize": True,
+    "moe_router_activation_func": "sigmoid",
+    "routed_scaling_factor": 2.446,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+def tiny_tensors(settings: Settings, seed=0) -> dict[str, np.ndarray]:
+    """Draw every tensor of a checkpoint: float64 arrays of numbers that float32 holds, streams of about unit size."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for name, shape in tensor_shapes(settings).items():
+        x = rng.standard_normal(shape)
+        if name.endswith("norm.weight"):
+            x = 1 + 0.2 * x
+        elif name.endswith("_bias"):
+            x = 0.1 * x
+        elif len(shape) == 2 and "embed" not in name:
+            x = x * shape[1] ** -0.5 * (0.03 if "kv_a" in name else 1.0)  # small, or the eps of the norm behind is lost
+        tensors[name] = x.astype(np.float32).astype(np.float64)
+    return tensors
+
+
+@pytest.fixture
+def tiny() -> SimpleNamespace:
+    """Offer `config` (a released config.json made tiny), `settings`, and `tensors(settings, seed)`."""
+    return SimpleNamespace(config=TINY, settings=settings_of(TINY), tensors=tiny_tensors)
