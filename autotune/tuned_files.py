@@ -1,12 +1,21 @@
-"""Write tuned configurations: entries are merged into a file, which is replaced as a whole and read again at once."""
+"""Write tuned configurations: entries are merged into a file, which is replaced as a whole and read again at once.
+
+Reading, merging and writing are one step: a lock file beside the target keeps two tunes that end together from losing
+the entries of one. The operating system lets go of the lock of a process that dies.
+"""
 
 import json
 import os
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from autotune.outcomes import UsageError
 from autotune.store import write
 from impls import tuned
+
+PATIENCE = 30.0
+"""Seconds to wait for another process that is writing the same file: it takes milliseconds."""
 
 
 def opened(path: Path) -> dict | None:
@@ -55,12 +64,28 @@ def _date(x: dict) -> str:
 
 
 def save(path: Path, data: dict) -> dict:
-    """Write a file, merged with what it holds, and return that; UsageError where it cannot be written."""
-    data = merged(opened(path), data)
+    """Write a file, merged with what it holds by then, and return that; UsageError where it cannot be written."""
     tuned.check(data)
-    write(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    check_writable(path)
+    with _locked(path):
+        data = merged(opened(path), data)
+        tuned.check(data)
+        write(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
     tuned.forget()
     return data
+
+
+def _locked(path: Path):
+    """Return a context in which no other process writes the file; UsageError where another one does not end."""
+    lock = path.with_name(f"{path.name}.lock")
+    try:
+        return FileLock(lock).acquire(timeout=PATIENCE)
+    except Timeout as error:
+        raise UsageError(
+            f"{path} cannot be written: another process has held {lock} for {PATIENCE:g} seconds; nothing was changed"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {lock}: {error.strerror}") from error
 
 
 def check_writable(path: Path) -> None:

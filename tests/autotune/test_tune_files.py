@@ -2,14 +2,19 @@
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from autotune import tuned_files
 from autotune.__main__ import main
 from autotune.outcomes import PASS, USAGE, UsageError
 from impls import tuned
 
+ROOT = Path(__file__).parents[2]
 SPREAD = {"median": 0.9, "low": 0.8, "high": 1.0, "least": 0.7, "most": 1.1, "count": 9}
 
 
@@ -77,7 +82,44 @@ def test_what_is_saved_is_merged_and_can_be_read(tmp_path):
     tuned_files.save(path, data(T=64))
     tuned_files.save(path, data(T=128))
     assert medians(tuned.read(path)) == {64: 0.9, 128: 0.9}
-    assert [x.name for x in path.parent.iterdir()] == ["chunk_torch.json"]
+    assert {x.name for x in path.parent.iterdir()} <= {"chunk_torch.json", "chunk_torch.json.lock"}
+
+
+SAVER = """
+import json, sys
+from pathlib import Path
+from autotune import tuned_files
+files = json.loads(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+for data in files:
+    tuned_files.save(Path(sys.argv[1]), data)
+"""
+
+
+def test_two_processes_that_save_at_once_lose_no_entry(tmp_path):
+    path, ends = tmp_path / "chunk_torch.json", []
+    for first in (1, 2):
+        files = json.dumps([data(T=T) for T in range(first, 41, 2)])
+        command = [sys.executable, "-c", SAVER, str(path), files]
+        ends.append(subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    assert [process.stdout.readline() for process in ends] == ["ready\n"] * 2
+    for process in ends:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.wait(timeout=60) for process in ends] == [0, 0]
+    assert sorted(medians(tuned.read(path))) == list(range(1, 41))
+
+
+def test_a_file_that_another_process_keeps_locked_is_left_as_it_is(tmp_path, monkeypatch):
+    path = tmp_path / "chunk_torch.json"
+    tuned_files.save(path, data(T=64))
+    monkeypatch.setattr(tuned_files, "PATIENCE", 0.0)
+    with FileLock(f"{path}.lock"), pytest.raises(UsageError, match=r"held .*chunk_torch\.json\.lock for 0 seconds"):
+        tuned_files.save(path, data(T=128))
+    assert medians(tuned.read(path)) == {64: 0.9}
+    tuned_files.save(path, data(T=128))
+    assert medians(tuned.read(path)) == {64: 0.9, 128: 0.9}
 
 
 def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path):
