@@ -38,10 +38,17 @@ class KdaSettings:
     """None: softplus gate (Kimi Linear). A negative number: lower-bound gate (Kimi K3, Ling 3.0, GLM 5.3 Flash)."""
     full_rank_decay: bool = False
     """The gate's input is f_proj x (Ling 3.0) instead of f_b_proj f_a_proj x."""
+    decay_per_head: bool = False
+    """One decay for all channels of a head, from f_proj x, as in Gated DeltaNet; dt_bias is [H] then."""
     full_rank_gate: bool = False
     """The output gate's input is g_proj x (Kimi K3, Ling 3.0) instead of g_b_proj g_a_proj x."""
     allow_neg_eigval: bool = False
     """beta = 2 sigmoid(b_proj x) instead of sigmoid(b_proj x)."""
+
+    @property
+    def decays(self) -> int:
+        """Return how many decays a token has."""
+        return self.heads if self.decay_per_head else self.heads * self.head_dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +92,7 @@ class MoeSettings:
     top_k: int
     width: int
     shared: int = 1
-    """Shared experts, stored as one MLP of `shared * width` channels."""
+    """Shared experts, stored as one MLP of `shared * width` channels; 0: none."""
     groups: int = 1
     top_groups: int = 1
     renormalise: bool = True
@@ -142,12 +149,15 @@ def forget_gate(x, w: Tensors, settings: KdaSettings) -> np.ndarray:
 
     A_log is stored [H], [H, 1] or [1, 1, H, 1], or longer where it was padded; dt_bias [H K] or [H, K].
     """
-    f = x @ w["f_proj.weight"].T if settings.full_rank_decay else _low_rank(x, w, "f")
-    f = f.reshape(*f.shape[:2], settings.heads, settings.head_dim)
+    direct = settings.full_rank_decay or settings.decay_per_head
+    f, channels = x @ w["f_proj.weight"].T if direct else _low_rank(x, w, "f"), settings.decays // settings.heads
+    f = f.reshape(*f.shape[:2], settings.heads, channels)
     A_log, dt_bias = w["A_log"].reshape(-1)[: settings.heads], w["dt_bias"].reshape(-1)
     if settings.lower_bound is None:
-        return softplus_gate(f, A_log, dt_bias)
-    return lower_bound_gate(f, settings.lower_bound, A_log, dt_bias)
+        g = softplus_gate(f, A_log, dt_bias)
+    else:
+        g = lower_bound_gate(f, settings.lower_bound, A_log, dt_bias)
+    return np.broadcast_to(g, (*g.shape[:3], settings.head_dim))
 
 
 def write_strength(x, w: Tensors, settings: KdaSettings) -> np.ndarray:
@@ -208,7 +218,8 @@ def attend_absorbed(q, state: MlaState, kv_b, settings: MlaSettings) -> np.ndarr
 def moe_layer(x, w: Tensors, settings: MoeSettings) -> tuple[np.ndarray, Routing]:
     """Return shared(x) + sum of weight_e expert_e(x) over a token's experts e, x [B, T, D] (section 4, Figure 3)."""
     routing = route(x, w, settings)
-    y = mlp(x, *(w[f"shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down")))
+    shared = [w[f"shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down")] if settings.shared else None
+    y = mlp(x, *shared) if shared else np.zeros_like(x)
     for e in np.unique(routing.experts):
         weight = np.sum(routing.weights * (routing.experts == e), axis=-1, keepdims=True)
         y = y + weight * mlp(x, *(w[f"experts.{e}.{name}.weight"] for name in ("w1", "w3", "w2")))

@@ -67,7 +67,10 @@ class ModelOutputs:
 
 
 def settings_of(config: Mapping) -> Settings:
-    """Read the content of a released config.json; forms of other members of the family stand where theirs do.
+    """Read the content of a released config.json. Keys that it has not choose other forms, all off where absent:
+
+    q_lora_rank, kv_a_layernorm_eps, router_weight_uses_score_correction_bias, and in linear_attn_config
+    gate_lower_bound, use_full_rank_gate, use_full_rank_forget, gate ("head": one decay per head).
 
     Raises ValueError, naming the key, for what is missing and for what the model cannot be: layers listed twice or not
     at all, sizes that do not divide, an activation other than SiLU, positions in MLA, tied embeddings.
@@ -214,6 +217,8 @@ def _kda_settings(config: Mapping, linear: Mapping) -> KdaSettings:
         taps=linear["short_conv_kernel_size"],
         eps=config["rms_norm_eps"],
         lower_bound=linear.get("gate_lower_bound"),
+        full_rank_decay=linear.get("use_full_rank_forget", False),
+        decay_per_head=linear.get("gate", "channel") == "head",
         full_rank_gate=linear.get("use_full_rank_gate", False),
     )
 
@@ -225,6 +230,7 @@ def _mla_settings(config: Mapping) -> MlaSettings:
         nope=config["qk_nope_head_dim"],
         rope=config["qk_rope_head_dim"],
         value=config["v_head_dim"],
+        latent_eps=config.get("kv_a_layernorm_eps", 1e-6),
         q_latent=config.get("q_lora_rank"),
     )
 
@@ -239,6 +245,7 @@ def _moe_settings(config: Mapping) -> MoeSettings:
         top_groups=config["topk_group"],
         renormalise=config["moe_renormalize"],
         scaling=config["routed_scaling_factor"],
+        biased_weights=config.get("router_weight_uses_score_correction_bias", False),
     )
 
 
@@ -261,10 +268,11 @@ def _kda_shapes(settings: KdaSettings, D: int) -> Shapes:
     H, K, HK = settings.heads, settings.head_dim, settings.heads * settings.head_dim
     shapes = {f"{name}_proj.weight": (HK, D) for name in "qkv"}
     shapes |= {f"{name}_conv1d.weight": (HK, 1, settings.taps) for name in "qkv"}
-    shapes |= {"A_log": (1, 1, H, 1), "dt_bias": (HK,), "b_proj.weight": (H, D)}
-    for name, full in (("f", settings.full_rank_decay), ("g", settings.full_rank_gate)):
+    shapes |= {"A_log": (1, 1, H, 1), "dt_bias": (settings.decays,), "b_proj.weight": (H, D)}
+    direct = settings.full_rank_decay or settings.decay_per_head
+    for name, full, rows in (("f", direct, settings.decays), ("g", settings.full_rank_gate, HK)):
         low = {f"{name}_a_proj.weight": (K, D), f"{name}_b_proj.weight": (HK, K)}
-        shapes |= {f"{name}_proj.weight": (HK, D)} if full else low
+        shapes |= {f"{name}_proj.weight": (rows, D)} if full else low
     return shapes | {"o_norm.weight": (K,), "o_proj.weight": (D, HK)}
 
 
@@ -285,7 +293,8 @@ def _moe_shapes(settings: MoeSettings, D: int) -> Shapes:
     sizes = {"w1": (settings.width, D), "w3": (settings.width, D), "w2": (D, settings.width)}
     for e in range(settings.experts):
         shapes |= {f"experts.{e}.{name}.weight": shape for name, shape in sizes.items()}
-    return shapes | _prefixed("shared_experts.", _mlp_shapes(D, settings.shared * settings.width))
+    shared = _mlp_shapes(D, settings.shared * settings.width) if settings.shared else {}
+    return shapes | _prefixed("shared_experts.", shared)
 
 
 def _mlp_shapes(D: int, width: int) -> Shapes:

@@ -30,6 +30,7 @@ KDA_FORMS = {
     "Ling 3.0": replace(KDA, lower_bound=-5.0, full_rank_gate=True, full_rank_decay=True),
     "GLM 5.3": replace(KDA, lower_bound=-5.0),
     "two-sided": replace(KDA, allow_neg_eigval=True),
+    "Gated DeltaNet": replace(KDA, decay_per_head=True),
 }
 D = 6
 
@@ -40,7 +41,10 @@ def kda_tensors(settings: KdaSettings, rng) -> dict[str, np.ndarray]:
     shapes |= {"f_a_proj.weight": (K, D), "f_b_proj.weight": (HK, K), "g_a_proj.weight": (K, D)}
     shapes |= {"g_b_proj.weight": (HK, K), "b_proj.weight": (H, D), "o_norm.weight": (K,), "o_proj.weight": (D, HK)}
     shapes |= {f"{name}_conv1d.weight": (HK, 1, settings.taps) for name in "qkv"}
-    return {name: rng.standard_normal(shape) for name, shape in (shapes | {"A_log": (H,), "dt_bias": (HK,)}).items()}
+    shapes |= {"A_log": (H,), "dt_bias": (settings.decays,)}
+    if settings.decay_per_head:
+        shapes["f_proj.weight"] = (H, D)
+    return {name: rng.standard_normal(shape) for name, shape in shapes.items()}
 
 
 def kda_state(settings: KdaSettings, rng, B=2) -> KdaState:
@@ -105,13 +109,18 @@ def test_the_other_form_of_the_recurrence_makes_the_same_layer(rng):
 
 def test_gates_take_their_member_s_form(rng):
     w, x = kda_tensors(KDA, rng), rng.standard_normal((1, 3, D))
-    softplus, K3, Ling, *_ = (forget_gate(x, w, settings) for settings in KDA_FORMS.values())
+    softplus, K3, Ling = (forget_gate(x, w, KDA_FORMS[name]) for name in ("Kimi Linear", "Kimi K3", "Ling 3.0"))
     f = (x @ w["f_a_proj.weight"].T @ w["f_b_proj.weight"].T).reshape(1, 3, 2, 4)
     full = (x @ w["f_proj.weight"].T).reshape(1, 3, 2, 4)
     biased = f + w["dt_bias"].reshape(2, 4)
     assert np.allclose(softplus, -np.exp(w["A_log"])[:, None] * np.log1p(np.exp(biased)), rtol=1e-12)
     assert np.array_equal(K3, lower_bound_gate(f, -5.0, w["A_log"], w["dt_bias"]))
     assert np.array_equal(Ling, lower_bound_gate(full, -5.0, w["A_log"], w["dt_bias"]))
+    per_head = forget_gate(
+        x, w | {"f_proj.weight": w["f_proj.weight"][:2], "dt_bias": w["dt_bias"][:2]}, KDA_FORMS["Gated DeltaNet"]
+    )
+    rate = np.log1p(np.exp(x @ w["f_proj.weight"][:2].T + w["dt_bias"][:2]))
+    assert np.allclose(per_head, (-np.exp(w["A_log"]) * rate)[..., None] * np.ones(4), rtol=1e-12)
     gates = [output_gate(x, w, KDA_FORMS[name]).swapaxes(1, 2).reshape(1, 3, 8) for name in ("Kimi Linear", "Kimi K3")]
     assert np.array_equal(gates[0], x @ w["g_a_proj.weight"].T @ w["g_b_proj.weight"].T)
     assert np.array_equal(gates[1], x @ w["g_proj.weight"].T)

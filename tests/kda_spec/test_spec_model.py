@@ -62,6 +62,11 @@ def in_pieces(tiny, ids, cuts, **forms):
     return np.concatenate(parts, axis=1), cache
 
 
+def variant(tiny, linear, **change):
+    """Return the tiny model's settings with other entries in config.json, and other ones in linear_attn_config."""
+    return settings_of(tiny.config | change | {"linear_attn_config": tiny.config["linear_attn_config"] | linear})
+
+
 def arrays_of(cache):
     return [array for state in cache for array in vars(state).values()]
 
@@ -163,12 +168,44 @@ def test_lists_that_count_from_0_name_the_same_layers(tiny):
 
 
 def test_forms_of_the_family_are_read(tiny):
-    linear = tiny.config["linear_attn_config"] | {"gate_lower_bound": -5.0, "use_full_rank_gate": True}
-    settings = settings_of(tiny.config | {"linear_attn_config": linear, "q_lora_rank": 7})
-    assert settings.kda == replace(tiny.settings.kda, lower_bound=-5.0, full_rank_gate=True)
+    linear = {"gate_lower_bound": -5.0, "use_full_rank_gate": True, "use_full_rank_forget": True}
+    change = {"q_lora_rank": 7, "kv_a_layernorm_eps": 1e-5, "router_weight_uses_score_correction_bias": True}
+    settings = variant(tiny, linear, **change)
+    forms = {"lower_bound": -5.0, "full_rank_gate": True, "full_rank_decay": True}
+    assert settings.kda == replace(tiny.settings.kda, **forms)
+    assert settings.mla == replace(tiny.settings.mla, q_latent=7, latent_eps=1e-5)
+    assert settings.moe == replace(tiny.settings.moe, biased_weights=True)
+
+
+FORMS = {
+    "full-rank output gate": ({"use_full_rank_gate": True}, {}, {"model.layers.0.self_attn.g_proj.weight": (16, 24)}),
+    "full-rank forget gate": ({"use_full_rank_forget": True}, {}, {"model.layers.0.self_attn.f_proj.weight": (16, 24)}),
+    "one decay per head": (
+        {"gate": "head"},
+        {},
+        {"model.layers.0.self_attn.f_proj.weight": (2, 24), "model.layers.0.self_attn.dt_bias": (2,)},
+    ),
+    "queries through a latent": ({}, {"q_lora_rank": 7}, {"model.layers.2.self_attn.q_b_proj.weight": (30, 7)}),
+    "two shared experts": (
+        {},
+        {"num_shared_experts": 2},
+        {"model.layers.1.block_sparse_moe.shared_experts.down_proj.weight": (24, 24)},
+    ),
+    "no shared expert": ({}, {"num_shared_experts": 0}, {}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_runs_from_tensors_of_its_own(form, tiny, ids):
+    linear, change, expected = FORMS[form]
+    settings = variant(tiny, linear, **change)
     shapes = tensor_shapes(settings)
-    assert shapes["model.layers.0.self_attn.g_proj.weight"] == (16, 24)
-    assert shapes["model.layers.2.self_attn.q_b_proj.weight"] == (30, 7)
+    assert expected.items() <= shapes.items() and shapes != tensor_shapes(tiny.settings)
+    out = forward(ids, tiny.tensors(settings), settings)
+    pieces = forward(
+        ids[:, 6:], tiny.tensors(settings), settings, forward(ids[:, :6], tiny.tensors(settings), settings).cache
+    )
+    assert close(pieces.logits, out.logits[:, 6:])
 
 
 @pytest.mark.parametrize(
