@@ -1,4 +1,4 @@
-"""Propose configurations and learn from what became of them: an Optuna study on a file, asked and told.
+"""Propose configurations and learn from what became of them, together with whoever else works on the same study.
 
 First come the neighbours of the best point so far, which differ in one field, those of fields with few values first:
 where fields hardly depend on each other that is most of the way (on a recorded table the best of 102 points was found
@@ -13,6 +13,8 @@ as a violated constraint with a finite value, to be learned from.
 import json
 import math
 import random
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,15 +22,15 @@ from typing import Literal
 
 import optuna
 from optuna.distributions import IntDistribution
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from autotune.outcomes import UsageError
+from autotune import storage
+from autotune.ledger import Ledger
 from autotune.space import Space
 from autotune.timing import Spread
 
 MEASURED, WRONG, FAILED, PRUNED = "measured", "wrong", "failed", "pruned"
+GP, TPE = "gp", "tpe"
 PENALTY = math.log(8.0)
 """The value of a configuration that has none: worse than any that is worth measuring."""
 ASKS = 20
@@ -37,6 +39,8 @@ ENOUGH = 5
 """Trials whose mean duration tells whether all others fit into the time."""
 DRAWS = 10_000
 """Random points of a space that is not listed, of which one is likely to be new."""
+POLL = 1.0
+"""Seconds between two looks at what others, who hold all that is left, have told."""
 LISTED = 4096
 """Points of a space up to which it is listed as a whole."""
 
@@ -73,10 +77,14 @@ class Outcome:
 
 @dataclass
 class Search:
-    """One study: the points of a space, and the outcomes so far, those of earlier runs among them."""
+    """One study: the points of a space, and the outcomes so far, those of earlier runs and other workers among them.
+
+    A context manager: behind it this worker holds no point. Used by one thread.
+    """
 
     space: Space
     path: Path
+    """The journal that keeps the study, where no URL is given."""
     name: str
     seed: int = 0
     first: tuple[object, ...] = ()
@@ -84,6 +92,11 @@ class Search:
     screen: Callable[[list], dict[object, float | str]] | None = None
     """Says of configurations what their estimate is, the least first, or why they are out; those it leaves out are
     not tried now."""
+    url: str | None = None
+    """The storage that keeps the study: see autotune.storage."""
+    wait: Callable[[float], None] = time.sleep
+    """Waits for so many seconds while others measure all that is left."""
+    sampler: Literal["gp", "tpe"] = TPE
     outcomes: dict[object, Outcome] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
@@ -91,63 +104,78 @@ class Search:
         self.points = tuple(self.space.points()) if self.size <= LISTED else ()
         self.values = {name: x for part in self.space.parts.values() for name, x in part.items()}
         self.distributions = {name: IntDistribution(0, len(x) - 1) for name, x in self.values.items()}
-        self.study, self._trial = self._opened(), None
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            if "outcome" in trial.user_attrs:
-                self.outcomes[self._config(trial.params)] = Outcome.from_json(json.loads(trial.user_attrs["outcome"]))
-        self._random = random.Random(self.seed)
+        self.ledger = Ledger(storage.opened(self.url, self.path), self.name, self.distributions)
+        self._warned = not storage.shared_badly(self.url)
+        self._read()
 
-    def _opened(self) -> optuna.Study:
-        """Open the study; UsageError where its file cannot be read or written."""
-        sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, n_startup_trials=15, seed=self.seed)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _mend(self.path)
-            storage = JournalStorage(JournalFileBackend(str(self.path)))
-            return optuna.create_study(study_name=self.name, storage=storage, sampler=sampler, load_if_exists=True)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"the trials in {self.path} cannot be used: {error}; --fresh forgets them") from error
+    def __enter__(self) -> "Search":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.ledger.release()
 
     @property
     def left(self) -> list[object]:
-        """Return the points without an outcome, in the order of the space; none of a space that is not listed."""
-        return [point for point in self.points if point not in self.outcomes]
+        """Return the points to try, in the order of the space; none of a space that is not listed."""
+        return [point for point in self.points if self.unknown(point)]
 
     def unknown(self, config) -> bool:
-        """Tell whether a configuration is a point without an outcome."""
-        return config not in self.outcomes and self.space.admits(config)
+        """Tell whether a configuration is a point without an outcome, that nobody is measuring."""
+        return config not in self.outcomes and config not in self.busy and self.space.admits(config)
 
     def next(self, seconds: float) -> object | None:
-        """Return the configuration to try next when so many seconds are left; None where everything is known."""
-        if len(self.outcomes) >= self.size:
-            return None
-        config = next((x for x in self.first if self.unknown(x)), None) or self._last(seconds) or self._neighbour()
-        if config is None and (config := self._proposed()):
-            return config
-        self._trial = None
-        return config or self._drawn()
+        """Claim the configuration to try next when so many seconds are left; None where there is none to try.
+
+        Where others hold all that is left it waits: a point comes back when its worker dies. One that holds points
+        itself is never kept waiting.
+        """
+        until = time.monotonic() + seconds
+        while True:
+            self._read()
+            config, way = self._chosen(until - time.monotonic())
+            left = until - time.monotonic()
+            if config is None and (not self.busy or self.ledger.holding or left <= 0):
+                return None
+            if config is None:
+                self.wait(min(POLL, left))
+            elif self.ledger.claim(self._params(config), way):
+                return config
 
     def tell(self, config, outcome: Outcome) -> None:
-        """Keep what became of the configuration that `next` returned; it is on the disk when this returns."""
-        self.outcomes[config] = outcome
-        if self._trial is not None:
-            self._told(self._trial, outcome)
-            return
-        self.study.add_trial(
-            create_trial(
-                params=self._params(config),
-                distributions=self.distributions,
-                value=outcome.value,
-                user_attrs={"outcome": json.dumps(outcome.to_json())},
-                constraints={"failed": float(outcome.status != MEASURED)},
-            )
-        )
+        """Keep what became of the configuration that `next` returned; it is in the storage when this returns."""
+        told = json.dumps(outcome.to_json())
+        self.ledger.tell(self._params(config), outcome.value, told, violated=outcome.status != MEASURED)
+        self._read()
 
     def best(self, within: float, most: int) -> list[object]:
         """Return the quickest configurations, at most so many, that take at most (1 + within) times the least."""
         timed = sorted((x.value, i) for i, x in enumerate(self.outcomes.values()) if x.status == MEASURED)
         configs = list(self.outcomes)
         return [configs[i] for value, i in timed if value <= timed[0][0] + math.log1p(within)][:most]
+
+    def _read(self) -> None:
+        """Take over what everybody has told."""
+        self.ledger.read()
+        for point, told in list(self.ledger.known.items())[len(self.outcomes) :]:
+            self.outcomes[self._at(point)] = Outcome.from_json(json.loads(told))
+        self.busy = {self._at(point) for point in self.ledger.busy}
+        if not self._warned and self.ledger.others:
+            self._warned = True
+            warnings.warn("--storage: workers that share SQLite run trials twice; a server does not", stacklevel=2)
+
+    def _chosen(self, seconds: float) -> tuple[object | None, str]:
+        """Return an unknown configuration to try next, None where there is none, and the way it was found."""
+        if len(self.outcomes.keys() | self.busy) >= self.size:
+            return None, ""
+        ways = {
+            "first": lambda: next((x for x in self.first if self.unknown(x)), None),
+            "exhaustive": lambda: self._last(seconds),
+            "neighbour": self._neighbour,
+            self.sampler: self._proposed,
+            "random": self._drawn,
+        }
+        found = ((way(), name) for name, way in ways.items())
+        return next((x for x in found if x[0] is not None), (None, ""))
 
     def _last(self, seconds: float) -> object | None:
         """Return a point of a space that can be tried to its end in so many seconds."""
@@ -167,48 +195,60 @@ class Search:
         if not self.screen or not configs:
             return next(iter(configs), None)
         said = self.screen(configs)
-        self._trial = None
         for config, reason in said.items():
             if isinstance(reason, str):
                 self.tell(config, Outcome(PRUNED, 0.0, message=reason))
         return min((x for x in said if not isinstance(said[x], str)), key=said.get, default=None)
 
     def _proposed(self) -> object | None:
+        """Return what Optuna proposes, in a study of its own: a claim is one step, and asking takes many.
+
+        What it proposes depends on the seed and on what everybody has told, not on how often it was asked.
+        """
+        study = optuna.create_study(sampler=_sampler(self.sampler, f"{self.seed} {len(self.outcomes)}"))
+        study.add_trials([self._finished(config, x) for config, x in self.outcomes.items()])
+        study.add_trials([self._trial(config, state=TrialState.RUNNING) for config in sorted(self.busy, key=repr)])
         for _ in range(ASKS):
-            trial = self.study.ask(self.distributions)
+            trial = study.ask(self.distributions)
             config = self._config(trial.params)
             if self.unknown(config) and self._screened([config]):
-                self._trial = trial
                 return config
-            self._told(trial, self.outcomes.get(config))
+            outcome = self.outcomes.get(config)
+            trial.set_constraint("failed", float(outcome is None or outcome.status != MEASURED))
+            study.tell(trial, outcome.value if outcome else PENALTY)
         return None
 
     def _drawn(self) -> object | None:
         """Return a random point; None where many draws found none."""
+        draw = random.Random(f"{self.seed} {len(self.outcomes)} {len(self.busy)}")
         if self.points:
-            return self._screened([self._random.choice(self.left)])
+            return self._screened([draw.choice(self.left)])
         for _ in range(DRAWS):
-            config = self._config({name: self._random.randrange(len(x)) for name, x in self.values.items()})
+            config = self._config({name: draw.randrange(len(x)) for name, x in self.values.items()})
             if self.unknown(config) and self._screened([config]):
                 return config
         return None
 
-    def _told(self, trial: optuna.Trial, outcome: Outcome | None) -> None:
-        """Tell Optuna of a trial; one without an outcome is no point of the space."""
-        if outcome is not None:
-            trial.set_user_attr("outcome", json.dumps(outcome.to_json()))
-        trial.set_constraint("failed", float(outcome is None or outcome.status != MEASURED))
-        self.study.tell(trial, outcome.value if outcome else PENALTY)
+    def _finished(self, config, outcome: Outcome) -> FrozenTrial:
+        failed = {"failed": float(outcome.status != MEASURED)}
+        return self._trial(config, value=outcome.value, constraints=failed)
+
+    def _trial(self, config, **about) -> FrozenTrial:
+        return create_trial(params=self._params(config), distributions=self.distributions, **about)
 
     def _config(self, params: dict[str, int]):
         return self.space.kind(**self.space.fixed, **{name: self.values[name][i] for name, i in params.items()})
+
+    def _at(self, point: tuple[int, ...]):
+        return self._config(dict(zip(self.distributions, point, strict=True)))
 
     def _params(self, config) -> dict[str, int]:
         return {name: values.index(getattr(config, name)) for name, values in self.values.items()}
 
 
-def _mend(path: Path) -> None:
-    """Cut off a last line without an end, which a process that was killed left: the next one would be glued to it."""
-    if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(text.rfind(b"\n") + 1)
+def _sampler(name: str, seed: str) -> optuna.samplers.BaseSampler:
+    """Make a sampler; a number from text is the same in every process."""
+    number = random.Random(seed).getrandbits(32)
+    if name == GP:
+        return optuna.samplers.GPSampler(n_startup_trials=12, seed=number)
+    return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, n_startup_trials=15, seed=number)

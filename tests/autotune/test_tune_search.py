@@ -76,10 +76,11 @@ def test_another_run_goes_on_where_the_last_one_ended(tmp_path):
     assert not set(run(again, 20)) & set(tried)
 
 
-def test_a_trial_that_was_cut_off_is_tried_again(tmp_path):
-    found = search(tmp_path)
-    run(found, 3)
-    lost = found.next(0.0)
+def test_a_trial_that_was_given_up_is_tried_again(tmp_path):
+    with search(tmp_path) as found:
+        run(found, 3)
+        lost = found.next(0.0)
+        assert lost not in search(tmp_path).left
     again = search(tmp_path)
     assert lost in again.left and len(again.outcomes) == 3
 
@@ -87,21 +88,31 @@ def test_a_trial_that_was_cut_off_is_tried_again(tmp_path):
 def test_an_interruption_anywhere_mixes_up_nothing(tmp_path, monkeypatch):
     found = search(tmp_path)
     run(found, 6)
-    for name in ("ask", "tell", "add_trial"):
-        real = getattr(found.study, name)
-        monkeypatch.setattr(found.study, name, interrupted)
-        with contextlib.suppress(KeyboardInterrupt):
-            run(found, 2)
-        monkeypatch.setattr(found.study, name, real)
+    for method in ("add_trial", "tell", "get_trials"):
+        for passed in range(3):
+            with contextlib.suppress(KeyboardInterrupt), found, monkeypatch.context() as patch:
+                patch.setattr(found.ledger.study, method, interrupted(getattr(found.ledger.study, method), passed))
+                run(found, 4)
         found = search(tmp_path)
+        assert not found.busy
         assert found.outcomes == {x: surface(x) for x in found.outcomes} and len(found.outcomes) >= 6
         run(found, 10)
     again = search(tmp_path)
     assert again.outcomes == {x: surface(x) for x in again.outcomes} and len(again.outcomes) >= 36
 
 
-def interrupted(*arguments, **keywords):
-    raise KeyboardInterrupt
+def interrupted(real, passed: int):
+    """Let so many calls pass, then raise; every second one only when its work is done."""
+    calls = iter(range(10**6))
+
+    def call(*arguments, **keywords):
+        if (number := next(calls)) < passed:
+            return real(*arguments, **keywords)
+        if number % 2:
+            real(*arguments, **keywords)
+        raise KeyboardInterrupt
+
+    return call
 
 
 def test_a_last_line_that_was_cut_off_costs_its_own_trial_only(tmp_path):
@@ -125,7 +136,7 @@ def test_failures_are_told_as_violated_constraints_and_never_best(tmp_path):
     failed = [x for x, outcome in found.outcomes.items() if outcome.status == FAILED]
     assert failed and all(outcome.value == PENALTY for x, outcome in found.outcomes.items() if x in failed)
     assert not set(failed) & set(found.best(1e9, 1000))
-    trials = found.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    trials = found.ledger.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
     told = {json.loads(x.user_attrs["outcome"])["status"]: x.constraints for x in trials if "outcome" in x.user_attrs}
     assert told[FAILED] != told[MEASURED]
 
