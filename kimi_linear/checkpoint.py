@@ -1,0 +1,172 @@
+"""Read a checkpoint in the released layout: every tensor accounted for, mapped, and copied once to where it is used."""
+
+import json
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import nn
+
+from kimi_linear.config import KimiConfig
+from kimi_linear.layout import Stored, stored
+from kimi_linear.shards import DTYPES, CheckpointError, Entry, Shard, header, read
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+LISTED = 8
+"""Tensors of one kind of fault that an error names; the others are counted."""
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors shards. Opening it reads headers only."""
+
+    def __init__(self, folder: str | Path, config: KimiConfig | None = None):
+        """Open a checkpoint; ConfigError or CheckpointError where the folder holds none.
+
+        What is wrong with tensors is found here and said by `problems`; only `model` raises for it.
+        """
+        self.folder = Path(folder)
+        self.config = KimiConfig.read(self.folder) if config is None else config
+        self.weight_map = _weight_map(self.folder)
+        self.shards: dict[str, Shard] = {}
+        self.unreadable: list[str] = []
+        for name in sorted(set(self.weight_map.values())) if self.weight_map else [SINGLE]:
+            try:
+                self.shards[name] = header(self.folder / name)
+            except CheckpointError as error:
+                self.unreadable.append(str(error))
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Return what the shards that are there hold, by name."""
+        return {name: entry for shard in self.shards.values() for name, entry in shard.entries.items()}
+
+    @cached_property
+    def wanted(self) -> dict[str, Stored]:
+        """Return what the model needs, by name."""
+        return {each.name: each for each in stored(self.config)}
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of all tensors."""
+        return sum(entry.end - entry.begin for entry in self.entries.values())
+
+    def problems(self) -> list[str]:
+        """Return everything that keeps the weights from being loaded, one line for each kind."""
+        absent = {tensor for tensor, shard in self.weight_map.items() if shard not in self.shards}
+        known = self.entries.keys() | absent
+        faults = {
+            "missing": [name for name in self.wanted if name not in known],
+            "unexpected": sorted(self.entries.keys() - self.wanted.keys()),
+            "wrongly shaped": [self._shapes(name) for name in self.wanted if not self._fits(name)],
+            "of a dtype that no model has": [
+                f"{name} ({entry.dtype})" for name, entry in self.entries.items() if entry.dtype not in DTYPES
+            ],
+            "in another shard than the index says": [
+                name
+                for name, entry in self.entries.items()
+                if self.weight_map.get(name, entry.shard.name) != entry.shard.name
+            ],
+        }
+        truncated = [shard.truncated for shard in self.shards.values() if shard.truncated]
+        return [*self.unreadable, *truncated, *(_listed(kind, names) for kind, names in faults.items() if names)]
+
+    def _fits(self, name: str) -> bool:
+        entry = self.entries.get(name)
+        if entry is None:
+            return True
+        size = DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
+        whole = size is None or entry.end - entry.begin == size * torch.Size(entry.shape).numel()
+        return self.wanted[name].accepts(entry.shape) and whole
+
+    def _shapes(self, name: str) -> str:
+        return f"{name} {list(self.entries[name].shape)}, expected {list(self.wanted[name].shape)}"
+
+    def model(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        """Return the model with its weights; arguments as `KimiLinear.from_pretrained`.
+
+        CheckpointError lists all `problems`, before anything is read.
+        """
+        from kimi_linear.model import KimiLinear
+
+        if problems := self.problems():
+            raise CheckpointError("\n  ".join([f"{self.folder}: these weights cannot be loaded", *problems]))
+        with torch.device("meta"):
+            model = KimiLinear(self.config)
+        parameters = self._allocated(model, dtype, device)
+        done, names = 0, ((name, self.entries[name]) for name in self.wanted)
+        for size in read(names, _Filler(self.wanted, parameters)):
+            done += size
+            if progress:
+                progress(done, self.bytes)
+        return model.eval()
+
+    def _allocated(self, model: nn.Module, dtype: torch.dtype | None, device) -> dict[str, torch.Tensor]:
+        """Give every parameter memory of the dtype that its tensors are stored in, or of `dtype`; return them."""
+        kinds: dict[str, set[torch.dtype]] = {}
+        for name, each in self.wanted.items():
+            as_stored = DTYPES[self.entries[name].dtype]
+            kinds.setdefault(each.into, set()).add(as_stored if dtype is None or each.float32 else dtype)
+        if mixed := [into for into, found in kinds.items() if len(found) > 1]:
+            raise CheckpointError(f"{self.folder}: {_listed('of several dtypes, name one to load all in', mixed)}")
+        for into, [kind] in kinds.items():
+            *path, leaf = into.split(".")
+            owner = model.get_submodule(".".join(path))
+            empty = torch.empty(getattr(owner, leaf).shape, dtype=kind, device=device)
+            setattr(owner, leaf, nn.Parameter(empty, requires_grad=False))
+        return dict(model.named_parameters())
+
+
+class _Filler:
+    """Copy stored rows to their place, and look for NaN on the way."""
+
+    def __init__(self, wanted: dict[str, Stored], parameters: dict[str, torch.Tensor]):
+        self.wanted, self.parameters = wanted, parameters
+
+    def __call__(self, name: str, rows: torch.Tensor, first: int) -> None:
+        each = self.wanted[name]
+        if each.padded and rows.numel() > each.elements:
+            rows = _unpadded(name, rows, each.elements)
+        place = self.parameters[each.into].detach()[each.at or slice(None)]
+        if first or rows.numel() < place.numel():
+            place = place[first : first + len(rows)]
+        if torch.isnan(rows).any():
+            warnings.warn(f"{name} holds NaN", RuntimeWarning, stacklevel=2)
+        place.copy_(rows.reshape(place.shape))
+
+
+def _unpadded(name: str, x: torch.Tensor, elements: int) -> torch.Tensor:
+    if x[elements:].any():
+        raise CheckpointError(f"{name} must be zero beyond its {elements} elements, got {x[elements:].tolist()}")
+    return x[:elements]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Return tensor -> shard as the index says; {} where there is no index but one file. Names stay in the folder."""
+    path = folder / INDEX
+    if not path.is_file():
+        if (folder / SINGLE).is_file():
+            return {}
+        raise CheckpointError(f"{folder}: expected a checkpoint with {INDEX} or {SINGLE}, found neither")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: expected JSON with a weight_map, got {error!r}") from error
+    if not isinstance(found, dict) or not found or not all(isinstance(x, str) for x in found.values()):
+        raise CheckpointError(f"{path}: weight_map must map names of tensors to names of files")
+    for shard in set(found.values()):
+        if PurePosixPath(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: {shard!r} is no safetensors file in this folder")
+    return found
+
+
+def _listed(kind: str, names: list[str]) -> str:
+    rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{len(names)} {kind}: {', '.join(names[:LISTED])}{rest}"

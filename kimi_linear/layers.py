@@ -1,0 +1,135 @@
+"""The layers: norms, KDA, MLA without positions, experts, and the block around them.
+
+All work on tokens [n, D] of several sequences, packed one after the other, or in a decoding step one of each. What they
+keep between calls comes in and goes out as an argument; no layer has state of its own.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from impls import chunk_kda, fused_recurrent_kda
+from kimi_linear.attention import attend_absorbed, attend_expanded
+from kimi_linear.config import KDA, KimiConfig
+from kimi_linear.convolution import convolve, convolve_step
+from kimi_linear.layout import kda_projections, mla_projections
+from kimi_linear.moe import MLP, Experts
+from kimi_linear.parameters import gated_norm, rms_norm, weight
+
+
+class KDALayer(nn.Module):
+    """Kimi Delta Attention between its projections: short convolutions, gates, the op, the gated norm."""
+
+    def __init__(self, config: KimiConfig):
+        super().__init__()
+        D, K, P = config.hidden_size, config.kda_head_dim, config.kda_dim
+        self.heads, self.head_dim, self.eps = config.kda_heads, K, config.rms_norm_eps
+        self.lower_bound, self.per_head = config.lower_bound, config.gate == "head"
+        self.rows = [3 * P, *list(kda_projections(config).values())[3:]]
+        self.in_proj, self.out_proj = weight(sum(self.rows), D), weight(D, P)
+        self.conv = weight(3 * P, config.conv_size)
+        self.A_log, self.dt_bias, self.o_norm = weight(self.heads), weight(config.forget_dim), weight(K)
+        self.f_b = None if config.full_rank_forget or self.per_head else weight(P, K)
+        self.g_b = None if config.full_rank_gate else weight(P, K)
+
+    def prefill(self, x: torch.Tensor, bounds: Sequence[int], inputs: torch.Tensor, S: torch.Tensor):
+        """Return y [n, D], and the inputs and states that later tokens need.
+
+        x [n, D] holds N sequences from bounds[i] to bounds[i + 1]; inputs [N, W - 1, 3 H K] are those of the
+        convolutions before them, S [N, H, K, K] the states.
+        """
+        qkv, f, gate, beta = F.linear(x, self.in_proj).split(self.rows, -1)
+        qkv, inputs = convolve(qkv, self.conv, inputs, bounds)
+        packing = torch.tensor(bounds)
+        packing = {"cu_seqlens": packing.to(x.device), "cu_seqlens_cpu": packing}
+        o, S = self._op(chunk_kda, qkv[None], f[None], beta[None], S, **packing)
+        return self._out(o[0], gate), inputs, S
+
+    def step(self, x: torch.Tensor, inputs: torch.Tensor, S: torch.Tensor):
+        """Do the same for one token of each sequence: x [N, D]."""
+        qkv, f, gate, beta = F.linear(x, self.in_proj).split(self.rows, -1)
+        qkv, inputs = convolve_step(qkv, self.conv, inputs)
+        o, S = self._op(fused_recurrent_kda, qkv[:, None], f[:, None], beta[:, None], S)
+        return self._out(o[:, 0], gate), inputs, S
+
+    def _op(self, op, qkv: torch.Tensor, f: torch.Tensor, beta: torch.Tensor, S: torch.Tensor, **packing):
+        """Run the op on activations [B, T, ..]: the gate's second matrix, then everything inside the op."""
+        B, T, _ = qkv.shape
+        q, k, v = qkv.view(B, T, 3, self.heads, self.head_dim).unbind(2)
+        f = f if self.f_b is None else F.linear(f, self.f_b)
+        g, dt_bias = f.view(B, T, self.heads, -1), self.dt_bias
+        if self.per_head:
+            g, dt_bias = g.expand(-1, -1, -1, self.head_dim), dt_bias.repeat_interleave(self.head_dim)
+        return op(
+            q, k, v, g, beta, A_log=self.A_log, dt_bias=dt_bias, lower_bound=self.lower_bound, initial_state=S,
+            output_final_state=True, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True, **packing,
+        )  # fmt: skip
+
+    def _out(self, o: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        gate = gate if self.g_b is None else F.linear(gate, self.g_b)
+        return F.linear(gated_norm(o, gate.view(o.shape), self.o_norm, self.eps).flatten(1), self.out_proj)
+
+
+class MLALayer(nn.Module):
+    """Multi-head latent attention without positions: the cache holds one latent per token, common to all heads."""
+
+    def __init__(self, config: KimiConfig):
+        super().__init__()
+        D, H, self.rank, self.eps = config.hidden_size, config.heads, config.kv_lora_rank, config.latent_norm_eps
+        self.heads, self.nope, self.scale = H, config.qk_nope_head_dim, config.qk_head_dim**-0.5
+        self.rows = list(mla_projections(config).values())
+        self.in_proj, self.out_proj = weight(sum(self.rows), D), weight(D, H * config.v_head_dim)
+        self.latent_norm = weight(self.rank)
+        self.kv_b = weight(H * (self.nope + config.v_head_dim), self.rank)
+
+    def prefill(self, x: torch.Tensor, bounds: Sequence[int], latents: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return y [n, D]; latents[i] [past + own, R] is the cache of sequence i, whose own rows are written."""
+        q, own = self._queries_and_latents(x)
+        o = x.new_empty(len(x), self.out_proj.shape[1])
+        for latent, first, last in zip(latents, bounds, bounds[1:], strict=False):
+            latent[len(latent) - (last - first) :] = own[first:last]
+            o[first:last] = attend_expanded(q[first:last], latent, self._up(), self.rank, self.scale)
+        return F.linear(o, self.out_proj)
+
+    def step(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Return y [B, D] for one token of each sequence, written to latents [B, S, R] at positions [B].
+
+        mask [B, 1, S] is 0 where a token is seen and -inf elsewhere.
+        """
+        q, own = self._queries_and_latents(x)
+        latents[torch.arange(len(x), device=x.device), positions] = own
+        return F.linear(attend_absorbed(q, latents, mask, self._up(), self.rank, self.scale), self.out_proj)
+
+    def _queries_and_latents(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return q [n, H, nope + shared] and what the cache holds of each token [n, R]: normed latent, shared key."""
+        q, own = F.linear(x, self.in_proj).split(self.rows, -1)
+        latent = rms_norm(own[:, : self.rank], self.latent_norm, self.eps)
+        return q.view(len(x), self.heads, -1), torch.cat((latent, own[:, self.rank :]), -1)
+
+    def _up(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the matrices [H, nope or v, rank] that make keys and values of a latent."""
+        kv_b = self.kv_b.view(self.heads, -1, self.rank)
+        return kv_b[:, : self.nope], kv_b[:, self.nope :]
+
+
+class Block(nn.Module):
+    """x += mixer(norm x); x += ffn(norm x)."""
+
+    def __init__(self, config: KimiConfig, index: int):
+        super().__init__()
+        self.kind, self.eps, D = config.layers[index], config.rms_norm_eps, config.hidden_size
+        self.mixer_norm, self.ffn_norm = weight(D), weight(D)
+        self.mixer = KDALayer(config) if self.kind == KDA else MLALayer(config)
+        self.ffn = MLP(D, config.intermediate_size) if index < config.dense_layers else Experts(config)
+
+    def normed(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the mixer reads."""
+        return rms_norm(x, self.mixer_norm, self.eps)
+
+    def add(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """Return the block's output for its input x and what the mixer made of it."""
+        x = x + mixed
+        return x + self.ffn(rms_norm(x, self.ffn_norm, self.eps))

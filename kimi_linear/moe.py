@@ -1,0 +1,102 @@
+"""Mixture of experts: a router with sigmoid scores, experts that work on their own tokens, shared experts on all."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kimi_linear.config import KimiConfig
+from kimi_linear.parameters import at_least_float32, weight
+
+GATHERED_BYTES = 2**21
+"""Weights of chosen experts up to this size are copied together and multiplied at once: no loop, static shapes."""
+
+
+def mlp(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Return down (silu(gate x) * up x): x [n, D], gate_up [2 I, D], down [D, I]."""
+    gate, up = F.linear(x, gate_up).chunk(2, -1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+def route(scores: torch.Tensor, bias: torch.Tensor, config: KimiConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the chosen experts [n, k] and their weights [n, k] for scores [n, E], the sigmoid of the logits.
+
+    Experts are chosen by score plus bias, of equals the one with the lower index, where there are groups from the best
+    of them by the sum of their two best;
+    the weights are the scores (with the bias where config.biased_router_weights), normed to sum 1 where
+    config.renormalize, times config.routed_scaling_factor.
+    """
+    choice = scores + bias
+    if config.expert_groups > 1:
+        choice = _within_best_groups(choice, config.expert_groups, config.top_groups)
+    chosen = choice.sort(stable=True, dim=-1, descending=True).indices[:, : config.experts_per_token]
+    weights = (scores + bias if config.biased_router_weights else scores).gather(-1, chosen)
+    if config.renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return chosen, weights * config.routed_scaling_factor
+
+
+def _within_best_groups(choice: torch.Tensor, groups: int, top: int) -> torch.Tensor:
+    """Return choice [n, E] with -inf outside of each token's `top` best groups."""
+    grouped = choice.unflatten(-1, (groups, -1))
+    best = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1).topk(top, -1).indices
+    kept = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=choice.device).scatter_(-1, best, True)
+    return grouped.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, D: int, I: int):
+        super().__init__()
+        self.gate_up, self.down = weight(2 * I, D), weight(D, I)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return y [n, D] of x [n, D]."""
+        return mlp(x, self.gate_up, self.down)
+
+
+class Experts(nn.Module):
+    """Route each token to its experts; add the shared experts, which see all tokens."""
+
+    def __init__(self, config: KimiConfig):
+        super().__init__()
+        D, I, E = config.hidden_size, config.moe_intermediate_size, config.experts
+        self.config = config
+        self.router, self.router_bias = weight(E, D), weight(E)
+        self.gate_up, self.down = weight(E, 2 * I, D), weight(E, D, I)
+        self.shared = MLP(D, config.shared_experts * I) if config.shared_experts else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return y [n, D] of x [n, D]."""
+        scores = torch.sigmoid(F.linear(at_least_float32(x), at_least_float32(self.router)))
+        chosen, weights = route(scores, self.router_bias.to(scores.dtype), self.config)
+        run = self._gathered if self._gathers(chosen) else self._grouped
+        y = (weights.to(x.dtype)[:, None] @ run(x, chosen))[:, 0]
+        return y if self.shared is None else y + self.shared(x)
+
+    def _gathers(self, chosen: torch.Tensor) -> bool:
+        """Tell whether to copy the chosen experts together: where that is little, and where nothing may wait."""
+        copied = chosen.numel() * (self.gate_up[0].nbytes + self.down[0].nbytes)
+        capturing = chosen.is_cuda and torch.cuda.is_current_stream_capturing()
+        return copied <= GATHERED_BYTES or torch.compiler.is_compiling() or capturing
+
+    def _gathered(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Return what each token's experts make of it [n, k, D]: static shapes, no look at values."""
+        n, k = chosen.shape
+        of = chosen.flatten()
+        rows = x[:, None].expand(n, k, -1).reshape(n * k, -1, 1)
+        gate, up = torch.bmm(self.gate_up[of], rows).chunk(2, 1)
+        return torch.bmm(self.down[of], F.silu(gate) * up).view(n, k, -1)
+
+    def _grouped(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the same: tokens in the order of their experts, each expert once over all of its own."""
+        n, k = chosen.shape
+        of = chosen.flatten()
+        order = of.argsort(stable=True)
+        rows, made, first = x[order // k], x.new_empty(n * k, x.shape[1]), 0
+        for e, count in enumerate(torch.bincount(of, minlength=len(self.down)).tolist()):
+            if count:
+                part = slice(first, first + count)
+                made[part] = mlp(rows[part], self.gate_up[e], self.down[e])
+                first += count
+        return torch.empty_like(made).index_copy_(0, order, made).view(n, k, -1)

@@ -1,0 +1,26 @@
+"""Parameters that a checkpoint fills, and the arithmetic width of norms, gates and routers."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def weight(*shape: int) -> nn.Parameter:
+    """Return a parameter of this shape to be filled by the checkpoint."""
+    return nn.Parameter(torch.empty(shape), requires_grad=False)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Return x in float32, or as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return weight * x / sqrt(mean x^2 + eps) over the last channels, normed in float32, rounded before the weight."""
+    return weight * F.rms_norm(at_least_float32(x), weight.shape, None, eps).to(x.dtype)
+
+
+def gated_norm(o: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return rms_norm(o) * sigmoid(gate) over the last channels, in float32 until the end, in o's dtype."""
+    normed = F.rms_norm(at_least_float32(o), weight.shape, at_least_float32(weight), eps)
+    return (normed * torch.sigmoid(at_least_float32(gate))).to(o.dtype)

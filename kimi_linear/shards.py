@@ -1,0 +1,115 @@
+"""Read safetensors shards: what they hold, from their headers alone, and tensors by memory mapping."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+HEADER_LIMIT = 100 * 2**20
+"""Bytes of a header that is read, as in the safetensors library."""
+MAPPED_BYTES = 2**26
+"""Bytes that are read through one mapping: its pages count as the process's memory until it is closed."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, is damaged, or is another model's."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as a shard's header describes it."""
+
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    """Its first byte behind the header."""
+    end: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard's header, and whether the file holds all that it promises."""
+
+    path: Path
+    entries: dict[str, Entry]
+    size: int
+    promised: int
+
+    @property
+    def truncated(self) -> str | None:
+        """Return what is missing, None where nothing is."""
+        if self.size >= self.promised:
+            return None
+        return f"{self.path.name} is truncated: its header promises {self.promised:,} bytes, it has {self.size:,}"
+
+
+def header(path: Path) -> Shard:
+    """Read a shard's header; CheckpointError where the file is not there or is no safetensors file."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(first := file.read(8), "little")
+            if len(first) < 8 or length > HEADER_LIMIT or len(text := file.read(length)) < length:
+                raise CheckpointError(f"{path}: expected a safetensors file, its header is cut off or too long")
+            size = file.seek(0, 2)
+        data = json.loads(text)
+        entries = {name: _entry(path, about) for name, about in data.items() if name != "__metadata__"}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.name} is absent") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: expected a safetensors file, got {error}") from error
+    promised = 8 + length + max((entry.end for entry in entries.values()), default=0)
+    return Shard(path, entries, size, promised)
+
+
+def _entry(path: Path, about: dict) -> Entry:
+    begin, end = about["data_offsets"]
+    shape = tuple(about["shape"])
+    if not all(type(x) is int and x >= 0 for x in (*shape, begin, end)) or begin > end:
+        raise ValueError(f"sizes and offsets that are none: {about}")
+    return Entry(path, about["dtype"], shape, begin, end)
+
+
+def read(wanted: Iterable[tuple[str, Entry]], take: Callable[[str, torch.Tensor, int], None]) -> Iterator[int]:
+    """Call take(name, rows, first) with mapped rows of every tensor, in the order of the files; yield bytes read.
+
+    What `take` is given lives until it returns: it copies. CheckpointError where the library refuses a file.
+    """
+    by_shard: dict[Path, list[tuple[str, Entry]]] = {}
+    for name, entry in wanted:
+        by_shard.setdefault(entry.shard, []).append((name, entry))
+    for path, entries in sorted(by_shard.items()):
+        for part in _parts(sorted(entries, key=lambda x: x[1].begin)):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name, first, last in part:
+                        rows = file.get_slice(name)[first:last] if last is not None else file.get_tensor(name)
+                        take(name, rows, first)
+                        size = rows.nbytes
+                        del rows
+                        yield size
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: {error}") from error
+
+
+def _parts(entries: list[tuple[str, Entry]]) -> Iterator[list[tuple[str, int, int | None]]]:
+    """Yield lists of (name, first row, last row or None for all) of about MAPPED_BYTES each."""
+    part, size = [], 0
+    for name, entry in entries:
+        step = max(1, MAPPED_BYTES * entry.shape[0] // max(1, entry.end - entry.begin)) if entry.shape else 1
+        whole = len(entry.shape) < 2 or step >= entry.shape[0]
+        for first in [0] if whole else range(0, entry.shape[0], step):
+            part.append((name, first, None if whole else min(first + step, entry.shape[0])))
+            size += (entry.end - entry.begin) if whole else prod(entry.shape[1:]) * step * 4
+            if size >= MAPPED_BYTES:
+                yield part
+                part, size = [], 0
+    if part:
+        yield part
