@@ -4,10 +4,18 @@ import argparse
 import sys
 import traceback
 
-from autotune import bench, merge, show, space, static, tune
+from autotune import bench, export, merge, show, space, static, tune
 from autotune.outcomes import CRASH, INTERRUPTED, USAGE, UsageError
 
-COMMANDS = {"bench": bench, "space": space, "static": static, "tune": tune, "show": show, "merge": merge}
+COMMANDS = {
+    "bench": bench,
+    "space": space,
+    "static": static,
+    "tune": tune,
+    "show": show,
+    "merge": merge,
+    "export": export,
+}
 """Modules with SUMMARY, configure(parser) and run(arguments) -> exit code."""
 
 

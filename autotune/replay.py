@@ -36,8 +36,8 @@ def save(path: Path, table: dict) -> None:
 class Recorded:
     """Plays back a table in the place of `clock.Clock`. A point that was not tried counts as failed."""
 
-    def __init__(self, path: Path):
-        """Read a table; UsageError for what is none."""
+    def __init__(self, path: Path, argument: str = "--replay"):
+        """Read a table; UsageError naming the argument for what is none."""
         self.box = Box(0)
         try:
             data = json.loads(path.read_text())
@@ -55,7 +55,7 @@ class Recorded:
             if self.outcome(self.default).status != MEASURED:
                 raise ValueError("its default was not measured")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"--replay {path}: no table of trials: {type(error).__name__}: {error}") from error
+            raise UsageError(f"{argument} {path}: no table of trials: {type(error).__name__}: {error}") from error
 
     def outcome(self, config) -> Outcome:
         """Return what became of a configuration."""
