@@ -150,8 +150,8 @@ def forget_gate(x, w: Tensors, settings: KdaSettings) -> np.ndarray:
     A_log is stored [H], [H, 1] or [1, 1, H, 1], or longer where it was padded; dt_bias [H K] or [H, K].
     """
     direct = settings.full_rank_decay or settings.decay_per_head
-    f, channels = x @ w["f_proj.weight"].T if direct else _low_rank(x, w, "f"), settings.decays // settings.heads
-    f = f.reshape(*f.shape[:2], settings.heads, channels)
+    f = x @ w["f_proj.weight"].T if direct else _low_rank(x, w, "f")
+    f = f.reshape(*f.shape[:2], settings.heads, settings.decays // settings.heads)
     A_log, dt_bias = w["A_log"].reshape(-1)[: settings.heads], w["dt_bias"].reshape(-1)
     if settings.lower_bound is None:
         g = softplus_gate(f, A_log, dt_bias)
