@@ -6,7 +6,6 @@ behind every trial, so that no trial is blamed for what the one before has done.
 
 import signal
 import time
-from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
@@ -14,7 +13,7 @@ from autotune import clock
 from autotune.clock import Bench, Clock
 from autotune.outcomes import BoxOver
 from autotune.search import FAILED, Outcome
-from autotune.timing import Box
+from autotune.timing import Box, Stopwatch
 
 PATIENCE = 60.0
 """Seconds that one trial may take, compilation included."""
@@ -104,7 +103,7 @@ def _serve(pipe: Connection, bench: Bench, default: object) -> None:
         except EOFError:
             return
         timer.box = Box(seconds)
-        answer, goes_on = _survived(timer.watch.settle, _outcome(timer, config))
+        answer, goes_on = _survived(timer.watch, _outcome(timer, config))
         pipe.send((answer, goes_on))
         if not goes_on:
             return
@@ -118,10 +117,10 @@ def _outcome(timer: Clock, config) -> Outcome | None:
         return None
 
 
-def _survived(settle: Callable[[], None], outcome: Outcome | None) -> tuple[Outcome | str | None, bool]:
+def _survived(watch: Stopwatch, outcome: Outcome | None) -> tuple[Outcome | str | None, bool]:
     """Return an outcome, and whether the device still answers; where it does not the outcome is that."""
     try:
-        settle()
+        watch.settle()
     except Exception as error:
         said = outcome.message if outcome and outcome.message else f"{type(error).__name__}: {error}"
         return f"the device was lost: {said}"[:500], False

@@ -13,6 +13,7 @@ everything: what has no result yet comes first, and the same command goes on wit
 
 import argparse
 import json
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -221,7 +222,9 @@ def _told(page: Console, result: dict, search: Search) -> None:
     page.print(f"[bold]{escape(config)}[/]: {what}", soft_wrap=True, highlight=False)
     kept = "written: {path}" if result["kept"] else "not written: a better entry of this shape stays in {path}"
     done = kept.format(path=result["path"])
-    page.print(f"{len(search.outcomes)} of {search.size:,} points tried; {done}", soft_wrap=True, markup=False)
+    statuses = Counter(outcome.status for outcome in search.outcomes.values())
+    became = ", ".join(f"{count} {status}" for status, count in statuses.items())
+    page.print(f"of {search.size:,} points {became}; {done}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _ended(now: Run, todo: list[Task], codes: set[int]) -> int:
