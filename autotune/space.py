@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -112,6 +113,15 @@ class Space:
         values = {name: x for part in self.parts.values() for name, x in part.items()}
         listed = all(chosen[name] in x for name, x in values.items())
         return listed and not any(restriction.removes(config) for restriction in self.restrictions)
+
+    def draws(self, seed: str) -> Iterator[object]:
+        """Yield random configurations of which none is removed, drawn with repetition; the same for the same seed."""
+        draw = random.Random(seed)
+        values = {name: x for part in self.parts.values() for name, x in part.items()}
+        while True:
+            config = self._config({name: draw.choice(x) for name, x in values.items()})
+            if self.admits(config):
+                yield config
 
     def counted(self) -> Count:
         """Count the points, part by part: the product itself may have millions."""

@@ -34,6 +34,7 @@ exit code  0 ranked; 3 nothing compiles without spilling; 7 the time was over be
 
 examples   python -m autotune static --target sm_90 --shape T=8192,H=64
            python -m autotune static --op recurrent_triton --target gfx942 --dtype float32
+           python -m autotune static --target sm_90 --sample 100 --budget 20m
            python -m autotune static --target sm_100 --fix recompute=false --fix segments=1 --budget 10m --out x.json
 """
 
@@ -49,6 +50,9 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--budget", default="5m", metavar="N[s|m]", help="time to compile in (default %(default)s)")
     p.add_argument("--processes", type=int, default=2, metavar="N", help="compilers side by side (default %(default)s)")
     p.add_argument("--timeout", default="60s", metavar="N[s|m]", help="of one kernel (default %(default)s)")
+    drawn = "compile N random points instead of searching: what share of the space does the compiler rule out?"
+    p.add_argument("--sample", type=int, default=0, metavar="N", help=drawn)
+    p.add_argument("--seed", type=int, default=0, help="of --sample (default %(default)s)")
     p.add_argument("--out", type=Path, metavar="FILE", help="write everything that was compiled to a JSON file")
 
 
@@ -58,8 +62,9 @@ def run(args: argparse.Namespace) -> int:
     setting = Setting(problem_of(args.shape, args.dtype), target_of(implementation, args.target))
     if setting.target is None or setting.target.name not in RATES:
         raise UsageError(f"--target must be one of {', '.join(RATES)}, whose rates are known, got {args.target}")
-    if args.processes < 1:
-        raise UsageError(f"--processes must be at least 1, got {args.processes}")
+    for name, least in (("processes", 1), ("sample", 0)):
+        if getattr(args, name) < least:
+            raise UsageError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     budget, timeout = seconds_of(args.budget, "--budget"), seconds_of(args.timeout, "--timeout")
     fixed = dict(fixed_of(x) for x in args.fix)
     space, box = space_of(implementation, setting, fixed), Box(budget)
@@ -67,7 +72,10 @@ def run(args: argparse.Namespace) -> int:
     cache = user_folder().with_name("compiled")
     with compiling.Compiler(cache, args.processes, timeout) as compiler:
         ranking = Ranking(space, setting, compiler, box)
-        _descended(ranking, replace(usual_of(space, setting), **fixed), page)
+        if args.sample:
+            _sampled(ranking, args.sample, args.seed, page)
+        else:
+            _descended(ranking, replace(usual_of(space, setting), **fixed), page)
     if args.out:
         write(args.out, json.dumps(_file(args.op, setting, ranking), indent=1) + "\n")
     _show(page, ranking, setting)
@@ -97,6 +105,16 @@ def _descended(ranking: "Ranking", start, page: Console) -> None:
                 f"{len(ranking.known)} configurations, {compiler.compiled} kernels compiled, "
                 f"best {best.microseconds:,.0f} us by estimate, {ranking.box.left:.0f} s left"
             )
+
+
+def _sampled(ranking: "Ranking", count: int, seed: int, page: Console) -> None:
+    points, draws = set(), ranking.space.draws(str(seed))
+    while len(points) < min(count, ranking.space.counted().left):
+        points.add(next(draws))
+    with display.progress(page, len(points)) as show:
+        for point in sorted(points, key=repr):
+            ranking.rank([point])
+            show(f"{ranking.compiler.compiled} kernels compiled, {ranking.box.left:.0f} s left", 1)
 
 
 def _file(op: str, setting: Setting, ranking: "Ranking") -> dict:

@@ -49,6 +49,13 @@ def test_what_was_compiled_once_is_recalled(ran):
     assert again.returncode == 0 and " 0 kernels compiled" in again.stdout, again.stderr
 
 
+def test_a_sample_says_what_share_of_the_space_is_out(ran):
+    folder, _ = ran
+    run = static(folder, *SMALL, "--sample", "3")
+    assert run.returncode == 0 and "3 configurations, 0 out" in run.stdout, run.stdout + run.stderr
+    assert " 0 kernels compiled, 3 recalled" in run.stdout, "the search knew them all"
+
+
 MISBEHAVING = """
 import os, time
 from pathlib import Path
@@ -101,6 +108,7 @@ def test_a_compiler_that_hangs_or_dies_costs_its_own_job_only(tmp_path):
         (["--op", "chunk_torch"], "--target"),
         (["--budget", "x"], "--budget"),
         (["--processes", "0"], "--processes"),
+        (["--sample", "-1"], "--sample"),
         ([], "TRITON_INTERPRET"),
     ],
 )
