@@ -1,4 +1,11 @@
-"""Say which tuned configuration a call would run with, from which file and row, and what was looked for before it."""
+"""Say which tuned configuration a call would run with, from which file and row, and what was looked for before it.
+
+A configuration given in the call comes before any file. Then come the folder that KDA_CONFIG_DIR names, the user's
+cache and what the package ships, in each the file of this device; then, for a GPU, the file of the nearest one of the
+same capability, and for a CPU generic-cpu. Within a file: the entry of the shape, one of its bucket (T, N and HV up to
+the same powers of two), the default row. Passed over are rows whose chunks do not divide the interval of kept states,
+and those of Triton kernels that do not fit the device. Where Triton's kernels are interpreted, no file is used.
+"""
 
 import argparse
 import json
@@ -20,17 +27,14 @@ exit code  0 a tuned row is used; 3 there is none, the default runs; 2 usage
 
 examples   python -m autotune show                                          every implementation at the usual shape
            python -m autotune show --op chunk_torch --shape T=100,HV=8,dtype=bfloat16
+           python -m autotune show --op chunk_triton --device cuda:0 --shape T=8192,HV=64,dtype=bfloat16
 """
-COMMAND = {
-    "cpu": "python -m autotune tune --op {op} --tokens {T} --heads {HV} --sequences {N} --head-dim {K} --dtype {dtype}"
-}
-"""Kind of device -> the command that would tune it for a shape."""
 
 
 def configure(p: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     p.epilog = EPILOG
-    p.add_argument("--op", metavar="NAME", help=f"{', '.join(tuned.KINDS)}; default all")
+    p.add_argument("--op", metavar="NAME", help=f"{', '.join(tuned.KINDS)}; default all of the device")
     p.add_argument("--device", default="cpu", help="cpu or cuda:N; default cpu")
     shape = "T, N, HV, K, V, dtype, packed; default T=4096,N=1,HV=16,K=128,V=128,dtype=float32"
     p.add_argument("--shape", default="", metavar="T=N,...", help=shape)
@@ -41,17 +45,25 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     provenance.check_device(args.device)
     shape = shape_of(args.shape)
-    kind, page = args.device.split(":")[0], display.console()
-    if args.op and args.op not in tuned.KINDS:
-        raise UsageError(f"--op must be one of {', '.join(tuned.KINDS)}, which look tuned files up, got {args.op}")
-    asked = [args.op] if args.op else list(tuned.KINDS)
-    found = {name: explained(name, args.device, shape) for name in asked}
+    found = {name: explained(name, args.device, shape) for name in _asked(args.op, args.device)}
     if args.json:
         print(json.dumps(found, indent=1))
     else:
+        page = display.console()
         for name, told in found.items():
-            _print(page, name, told, shape, kind)
+            _print(page, name, told, shape, args.device)
+        page.print(f"digest of the files that {args.device} can use: {tuned.digest(args.device)}", soft_wrap=True)
     return PASS if all(told["config"] for told in found.values()) else NOTHING
+
+
+def _asked(op: str | None, device: str) -> list[str]:
+    """Return the implementations to explain; UsageError for one that looks nothing up on the device."""
+    known = [name for name in tuned.KINDS if tuned.looks_up(name, device)]
+    if op in tuned.KINDS and op not in known:
+        raise UsageError(f"--op {op}: its kernels look files up on a GPU only: expected --device cuda:N, got {device}")
+    if op and op not in known:
+        raise UsageError(f"--op must be one of {', '.join(known)}, which look tuned files up on {device}, got {op}")
+    return [op] if op else known
 
 
 def explained(implementation: str, device: str, shape: tuned.Shape) -> dict:
@@ -92,11 +104,12 @@ def _stale(found: tuned.Found) -> list[str]:
     return changed + (["sources of the kernels changed"] if there["sources"] != provenance.kernels() else [])
 
 
-def _print(page: Console, name: str, told: dict, shape: tuned.Shape, kind: str) -> None:
+def _print(page: Console, name: str, told: dict, shape: tuned.Shape, device: str) -> None:
     page.print(f"[bold]{name}[/] at {', '.join(f'{x}={y}' for x, y in shape._asdict().items())}", highlight=False)
     for line in told["looked_for"]:
         page.print(f"  {line['state']:>12}  {line['path']}", markup=False, highlight=False, soft_wrap=True)
-    for line in _lines(told) or _missing(name, shape, kind):
+    missing = ["nothing tuned: the default runs", f"to tune it: {tuned.command(name, device, shape)}"]
+    for line in _lines(told) or missing:
         page.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -118,8 +131,3 @@ def _lines(told: dict) -> list[str]:
         lines.append(f"measured at {sizes}: {timing['ms']['median']:.3g} ms, {gain}, {len(timing['ties'])} ties")
     return lines + [f"stale: {change}" for change in told["stale"]]
 
-
-def _missing(name: str, shape: tuned.Shape, kind: str) -> list[str]:
-    command = COMMAND.get(kind)
-    lines = ["nothing tuned: the default runs"]
-    return lines + ([f"to tune it: {command.format(op=name, **shape._asdict())}"] if command else [])

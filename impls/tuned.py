@@ -205,9 +205,10 @@ def command(implementation: str, device: str, shape: Shape) -> str:
     whole = not shape.packed and shape.K == shape.V and dtype != "float64"
     if not whole:
         T, dtype = T // max(1, shape.N) if shape.packed else T, "float32" if dtype == "float64" else dtype
+    where, row = "" if device == "cpu" else f"--device {device} ", "" if whole else " --default-row"
     return (
-        f"python -m autotune tune --device {device} --op {implementation} --tokens {max(1, T)} --heads {shape.HV} "
-        f"--sequences {max(1, shape.N)} --head-dim {shape.K} --dtype {dtype}{'' if whole else ' --default-row'}"
+        f"python -m autotune tune {where}--op {implementation} --tokens {max(1, T)} --heads {shape.HV} "
+        f"--sequences {max(1, shape.N)} --head-dim {shape.K} --dtype {dtype}{row}"
     )
 
 

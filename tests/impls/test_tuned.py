@@ -172,7 +172,7 @@ def test_where_nothing_is_tuned_one_warning_names_the_file_and_the_command(folde
         assert found() is None and found(SHAPE._replace(T=1)) is None
     (warning,) = said
     assert "a-cpu/chunk_torch.json" in str(warning.message)
-    assert "python -m autotune tune --device cpu --op chunk_torch --tokens 4096 --heads 16" in str(warning.message)
+    assert "python -m autotune tune --op chunk_torch --tokens 4096 --heads 16" in str(warning.message)
 
 
 def test_a_file_that_knows_other_shapes_is_no_reason_to_warn(folder):
