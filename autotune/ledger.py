@@ -219,6 +219,20 @@ class Ledger:
             yield
         except (StorageInternalError, OSError) as error:
             raise UsageError(f"the study cannot be read or written any more: {_cause(error)}") from error
+        except KeyError as error:
+            raise UsageError(f"the study is gone: {error.args[0]}; was it forgotten by --fresh elsewhere?") from error
+
+
+def forget(storage: BaseStorage, name: str) -> None:
+    """Delete a study, if there is one; UsageError where a process of this machine is at work on it."""
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        return
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if "worker" in trial.user_attrs and (worker := Worker(**trial.user_attrs["worker"])).gone is False:
+            raise UsageError(f"--fresh: process {worker.pid} is measuring a trial of this study")
+    optuna.delete_study(study_name=name, storage=storage)
 
 
 def _cause(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """Recorded trials of a real run: kept as a table, and played back, so that all behind the clock runs without it."""
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +41,8 @@ class Recorded:
         """Read a table; UsageError naming the argument for what is none."""
         self.box = Box(0)
         try:
-            data = json.loads(path.read_text())
+            text = path.read_text()
+            data, self.digest = json.loads(text), hashlib.sha256(text.encode()).hexdigest()[:16]
             if (data["kind"], data["schema"]) != (KIND, SCHEMA):
                 raise ValueError(
                     f"expected kind {KIND!r} and schema {SCHEMA}, got {data['kind']!r}, {data['schema']!r}"

@@ -24,8 +24,9 @@ import optuna
 from optuna.distributions import IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from autotune import storage
+from autotune import ledger, storage
 from autotune.ledger import Ledger
+from autotune.outcomes import UsageError
 from autotune.space import Space
 from autotune.timing import Spread
 
@@ -244,6 +245,16 @@ class Search:
 
     def _params(self, config) -> dict[str, int]:
         return {name: values.index(getattr(config, name)) for name, values in self.values.items()}
+
+
+def forget(path: Path, name: str, url: str | None) -> None:
+    """Forget the trials of a study; UsageError where somebody is at work on it. A journal that is none is deleted."""
+    try:
+        ledger.forget(storage.opened(url, path), name)
+    except UsageError as error:
+        if url or not isinstance(error.__cause__, storage.UNREADABLE):
+            raise
+        path.unlink()
 
 
 def _sampler(name: str, seed: str) -> optuna.samplers.BaseSampler:

@@ -8,6 +8,7 @@ machines a server. SQLite loses against both: of 268 trials that four workers sh
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -24,6 +25,8 @@ REDIS = ("redis", "rediss", "unix")
 SERVERS = ("postgresql", "mysql", "mariadb")
 BEGINNING = b'{"op_code"'
 """Of every line of a journal."""
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AssertionError)
+"""What Optuna raises for a file that is no journal."""
 PREFIX = "kda-forge"
 """Of our keys on a Redis server."""
 CONNECTING = 10
@@ -56,16 +59,25 @@ class Mending(JournalFileSymlinkLock):
 class Unpickled(BaseJournalBackend):
     """A journal without snapshots: Optuna pickles those, and what lies on a server is data from strangers."""
 
-    def __init__(self, journal: BaseJournalBackend):
-        self.journal = journal
+    def __init__(self, journal: BaseJournalBackend, lost: type[Exception]):
+        self.journal, self.lost = journal, lost
 
     def read_logs(self, log_number_from: int) -> Iterator[dict]:
-        """Yield the entries from that number on."""
-        return self.journal.read_logs(log_number_from)
+        """Yield the entries from that number on; ConnectionError where the server does not answer."""
+        with self._reached():
+            yield from self.journal.read_logs(log_number_from)
 
     def append_logs(self, logs: list[dict]) -> None:
-        """Append entries."""
-        self.journal.append_logs(logs)
+        """Append entries; ConnectionError where the server does not answer."""
+        with self._reached():
+            self.journal.append_logs(logs)
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except self.lost as error:
+            raise ConnectionError(str(error)) from error
 
 
 def opened(url: str | None, path: Path) -> BaseStorage:
@@ -125,7 +137,7 @@ def _journal(path: Path) -> BaseStorage:
         if path.exists() and (line := path.open("rb").readline()) and not line.startswith(BEGINNING):
             raise ValueError("no journal of Optuna's")
         return JournalStorage(JournalFileBackend(str(path), Mending(path)))
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:  # Optuna's words for no journal
+    except UNREADABLE as error:
         raise UsageError(f"the trials in {path} cannot be used: {error!r}; --fresh forgets them") from error
 
 
@@ -139,8 +151,8 @@ def _redis(url: str) -> BaseStorage:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return JournalStorage(Unpickled(JournalRedisBackend(url, prefix=PREFIX)))
-    except (redis.RedisError, OSError) as error:
+            return JournalStorage(Unpickled(JournalRedisBackend(url, prefix=PREFIX), redis.RedisError))
+    except OSError as error:
         raise UsageError(f"the server cannot be used: {_first_line(error)}") from error
     except ValueError:  # its text may hold a piece of the password
         raise UsageError(EXPECTED) from None

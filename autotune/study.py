@@ -66,6 +66,8 @@ def path_of(task: Task, out: Path) -> Path:
     shape = "-".join(str(x).lower() for x in task.shape)
     where = f"{slug(named(task.device)['name'])}-{torch.__version__}-{torch.get_num_threads()}"
     name = f"{where}-{task.implementation.name}-{shape}-{task.space.fingerprint}"
+    if task.replay:
+        name = f"replayed-{task.replay.digest}-{name}"
     folder = out / "replayed" if task.replay else tuned.user_folder().with_name("studies")
     return folder / f"{name}-{provenance.kernels()}.journal"
 
@@ -95,7 +97,7 @@ def searched(search: Search, timer: Timer, seconds: float, trials: int | None, p
     known, timer.box = len(search.outcomes), Box(seconds)
     page.print(f"{search.size:,} points, {known} known from earlier runs", highlight=False)
     most = search.size if trials is None else known + trials
-    with display.progress(page, search.size) as show:
+    with search, display.progress(page, search.size) as show:
         show("searching", known)
         while timer.box.left and len(search.outcomes) < most and (config := search.next(timer.box.left)) is not None:
             show(_short(config, timer), 0)

@@ -24,7 +24,7 @@ from rich.markup import escape
 from autotune import display, provenance, replay, screening, study, tasks, tuned_files
 from autotune.arguments import seconds_of
 from autotune.outcomes import FAILED, PASS, UNFINISHED, UsageError, worst
-from autotune.search import Search
+from autotune.search import Search, forget
 from autotune.study import Choice
 from autotune.tasks import Task
 from autotune.timing import Box
@@ -44,6 +44,7 @@ exit code  0 tuned, or the default stays; 1 nothing passed verification; 2 usage
 examples   python -m autotune tune --op chunk_kda --tokens 4096 --heads 16 --budget 120s
            python -m autotune tune --op chunk_kda --fix compile=false --budget 60s
            python -m autotune tune --device cuda:0 --op all --preset kimi-linear-48b --minutes 8
+           python -m autotune tune --storage postgresql+psycopg://me@host/db ...     the same in every worker
            KDA_CONFIG_DIR=. python -m autotune tune --out . ...           keep the file elsewhere, and use it
 """
 
@@ -66,6 +67,8 @@ class Options:
     fresh: bool
     json: bool
     record: Path | None
+    storage: str | None
+    """URL of what keeps the trials, None for a journal in the user's cache."""
 
     def path(self, task: Task) -> Path:
         """Return the file that a task's entry goes to."""
@@ -106,6 +109,8 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--record", type=Path, metavar="TABLE", help="write all trials of the study to a file")
     played = "take every time from a recorded table, which says the shape as well; with --out"
     p.add_argument("--replay", type=Path, metavar="TABLE", help=played)
+    shared = "keep the trials there, for all workers that are given it: postgresql+psycopg://..., redis://..., journal:///..."
+    p.add_argument("--storage", metavar="URL", help=shared)
     p.add_argument("--fresh", action="store_true", help="forget the trials of earlier runs")
     p.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
 
@@ -145,6 +150,7 @@ def _options(args: argparse.Namespace) -> Options:
         fresh=args.fresh,
         json=args.json,
         record=args.record,
+        storage=args.storage,
     )
 
 
@@ -181,10 +187,11 @@ def _search(task: Task, now: Run, timer: study.Timer) -> Search:
     """Open the study of a task; its first points are the default, those in use, and what won for other shapes."""
     options, path = now.options, study.path_of(task, now.options.out)
     if options.fresh:
-        path.unlink(missing_ok=True)
+        forget(path, path.stem, options.storage)
     winners = [best for x in now.searches.get(task.implementation.name, []) for best in x.best(0, 1)]
     first = [x for x in (task.default, *study.in_use(task), *winners) if task.space.admits(x)]
-    return Search(task.space, path, path.stem, options.seed, tuple(dict.fromkeys(first)), _screen(task, now, timer))
+    known, screen = tuple(dict.fromkeys(first)), _screen(task, now, timer)
+    return Search(task.space, path, path.stem, options.seed, known, screen, options.storage)
 
 
 def _screen(task: Task, now: Run, timer: study.Timer):
