@@ -82,7 +82,8 @@ def _locked(path: Path):
         return FileLock(lock).acquire(timeout=PATIENCE)
     except Timeout as error:
         raise UsageError(
-            f"{path} cannot be written: another process has held {lock} for {PATIENCE:g} seconds; nothing was changed"
+            f"{path} cannot be written: {lock} has been held for {PATIENCE:g} seconds by another process, which should "
+            "have ended; remove it if there is none"
         ) from error
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {lock}: {error.strerror}") from error

@@ -9,7 +9,7 @@ from impls.defaults import default_chunk, default_recurrent
 from impls.footprint import unfit
 from impls.plan import Problem
 from impls.targets import Target
-from impls.tuned import Shape, looked_up, shape_of
+from impls.tuned import Shape, for_call, shape_of
 
 
 def chunk_torch_launch(config: ChunkTorchConfig | None, chunk_size: int | None, device: str) -> tuple[int, ...]:
@@ -45,7 +45,7 @@ def chunk_torch_config(launch: tuple[int, ...], q, v, cu_seqlens, interval: int)
     if len(launch) > 2:
         return ChunkTorchConfig(*launch[:3], compile=bool(launch[3]))
     C, compile = launch
-    found = looked_up("chunk_torch", str(v.device), shape_of(q, v, cu_seqlens), interval or None)
+    found = for_call("chunk_torch", str(v.device), shape_of(q, v, cu_seqlens), interval or None)
     usual = ChunkTorchConfig(chunk_size=C or ChunkTorchConfig.chunk_size)
     config = found.config if found and C in (0, found.config.chunk_size) else usual
     return replace(config, compile=(config.compile if compile < 0 else compile == 1) and v.device.type == "cpu")
@@ -55,7 +55,7 @@ def recurrent_torch_config(launch: tuple[int, ...], q, v, cu_seqlens) -> Recurre
     """Return the configuration that `recurrent_torch_launch` stands for; as `chunk_torch_config`."""
     if launch[0] >= 0:
         return RecurrentTorchConfig(compile=launch[0] == 1)
-    found = looked_up("recurrent_torch", str(v.device), shape_of(q, v, cu_seqlens))
+    found = for_call("recurrent_torch", str(v.device), shape_of(q, v, cu_seqlens))
     return RecurrentTorchConfig(compile=found is not None and found.config.compile and v.device.type == "cpu")
 
 
@@ -88,13 +88,13 @@ def tuned_chunk_triton(
     """
     if len(launch) > 1:
         return None
-    found = looked_up("chunk_triton", device, _shape(problem), interval or None)
+    found = for_call("chunk_triton", device, _shape(problem), interval or None)
     return found.config if found and launch[0] in (0, found.config.chunk_size) else None
 
 
 def tuned_recurrent_triton(launch: tuple[int, ...], problem: Problem, device: str) -> RecurrentTritonConfig | None:
     """Return what is tuned for a call that `recurrent_triton_launch` gave no configuration for, else None."""
-    found = None if launch else looked_up("recurrent_triton", device, _shape(problem))
+    found = None if launch else for_call("recurrent_triton", device, _shape(problem))
     return found and found.config
 
 

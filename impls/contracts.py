@@ -29,6 +29,7 @@ class PrecisionContract:
         split           cutting a sequence anywhere and passing the state on changes nothing
 
     They were measured on CPUs (x86, MKL); on a GPU the library that multiplies picks its kernel by the batch count.
+    They hold within one configuration: where tuned files have another for another shape, results agree within rounding.
     """
 
     operand: str

@@ -135,13 +135,21 @@ def config_of(implementation: str, row: dict):
     return config
 
 
+def for_call(implementation: str, device: str, shape: Shape, chunks_of: int | None = None) -> Found | None:
+    """Return what `looked_up` does, for a call that is made: where no file speaks of the device it says so, once."""
+    found = looked_up(implementation, device, shape, chunks_of)
+    if found is None and (implementation, device) not in _TOLD:
+        _tell_missing(implementation, device, shape)
+    return found
+
+
 @lru_cache(maxsize=4096)
 def looked_up(implementation: str, device: str, shape: Shape, chunks_of: int | None = None) -> Found | None:
     """Return the tuned configuration for a shape on cpu or cuda:N, None where there is none.
 
     chunks_of: tokens between states that are kept: only configurations whose chunk size divides it. A file that cannot
     be used, and a row that does not fit the device, are passed over with a warning, once: an op never fails for them.
-    Where no file speaks of the device a warning says so, once. Kernels that are interpreted on a CPU have no files.
+    Kernels that are interpreted on a CPU have no files.
     """
     if not looks_up(implementation, device):
         return None
@@ -151,8 +159,6 @@ def looked_up(implementation: str, device: str, shape: Shape, chunks_of: int | N
             for found in rows.get(key, ()):
                 if _usable(found, shape, chunks_of, device):
                     return found
-    if not _files(implementation, device):
-        _tell_missing(implementation, device, shape)
     return None
 
 
@@ -178,6 +184,9 @@ def _refusal(config: object, device: str, K: int, V: int, dtype: str, keeps: boo
 
 
 def _tell_missing(implementation: str, device: str, shape: Shape) -> None:
+    if not looks_up(implementation, device) or _files(implementation, device):
+        _TOLD.add((implementation, device))
+        return
     name = named(device)["name"]
     _warn_once(
         (implementation, device),
@@ -187,7 +196,7 @@ def _tell_missing(implementation: str, device: str, shape: Shape) -> None:
 
 
 _TOLD: set[tuple] = set()
-"""What was warned of."""
+"""What was warned of, or needs no warning."""
 
 
 def _warn_once(about: tuple, message: str) -> None:

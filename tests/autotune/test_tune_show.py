@@ -1,6 +1,7 @@
 """`python -m autotune show` for the rows that run on a GPU, and the commands that it and the warnings name."""
 
 import json
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def test_a_row_that_does_not_fit_is_said_to_be_passed_over(h200, capsys):
 
 def test_on_a_gpu_all_rows_are_explained_and_what_is_missing_comes_with_its_command(h200, capsys):
     put(h200, ChunkTritonConfig())
-    with pytest.warns(RuntimeWarning, match="nothing is tuned"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert main(["show", *ASKED]) == NOTHING
     told = capsys.readouterr().out
     assert all(name in told for name in tuned.KINDS)

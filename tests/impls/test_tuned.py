@@ -104,6 +104,14 @@ def test_the_nearest_gpu_has_the_same_capability_and_the_most_alike_number_of_un
     assert found().nearest and found().config.heads == 4
 
 
+def test_of_two_files_of_one_gpu_that_of_the_first_folder_serves_its_siblings(folder, tmp_path, monkeypatch):
+    H200 = {"kind": "cuda", "name": "H200", "capability": "9.0", "units": 132}
+    monkeypatch.setattr(tuned, "named", lambda device: H200 | {"name": "H100"})
+    put(tmp_path / "cache/kda-forge/configs", file_of(entry(heads=4), device=H200), "H200")
+    put(folder, file_of(entry(heads=8), device=H200), "H200")
+    assert found().config.heads == 8
+
+
 def test_only_chunks_that_divide_the_interval_of_kept_states_are_taken(folder):
     put(folder, file_of(entry(chunk_size=64), default=asdict(ChunkTorchConfig(chunk_size=16))))
     assert found(chunks_of=128).config.chunk_size == 64
@@ -169,7 +177,7 @@ def test_a_huge_file_is_not_read(folder, monkeypatch):
 
 def test_where_nothing_is_tuned_one_warning_names_the_file_and_the_command(folder):
     with pytest.warns(RuntimeWarning) as said:
-        assert found() is None and found(SHAPE._replace(T=1)) is None
+        assert all(tuned.for_call("chunk_torch", "cpu", SHAPE._replace(T=T)) is None for T in (4096, 1))
     (warning,) = said
     assert "a-cpu/chunk_torch.json" in str(warning.message)
     assert "python -m autotune tune --op chunk_torch --tokens 4096 --heads 16" in str(warning.message)
@@ -179,7 +187,7 @@ def test_a_file_that_knows_other_shapes_is_no_reason_to_warn(folder):
     put(folder, file_of(entry()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert found(SHAPE._replace(T=1)) is None
+        assert tuned.for_call("chunk_torch", "cpu", SHAPE._replace(T=1)) is None
 
 
 @pytest.mark.parametrize("name", ["chunk_torch", "recurrent_torch"])
@@ -188,7 +196,7 @@ def test_what_ships_serves_any_cpu_and_compiles_nothing(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for shape in (SHAPE, SHAPE._replace(T=1, HV=3, K=7), SHAPE._replace(dtype="bfloat16", packed=True, N=5)):
-            found = tuned.looked_up(name, "cpu", shape)
+            found = tuned.for_call(name, "cpu", shape)
             assert found.path.parent.name == tuned.GENERIC and not found.config.compile
     tuned.forget()
 

@@ -166,7 +166,7 @@ def test_a_gpu_without_a_file_takes_that_of_its_capability(folder, inputs, ran, 
 def test_on_a_gpu_that_nothing_is_tuned_for_one_warning_names_the_file_and_the_command(folder, name, sizes):
     shape = SHAPE if name == "chunk_triton" else SHAPE._replace(T=1, N=3, dtype="bfloat16")
     with pytest.warns(RuntimeWarning) as said:
-        assert tuned.looked_up(name, "cuda:0", shape) is tuned.looked_up(name, "cuda:0", shape._replace(T=5)) is None
+        assert tuned.for_call(name, "cuda:0", shape) is tuned.for_call(name, "cuda:0", shape._replace(T=5)) is None
     (warning,) = said
     assert f"nvidia-h200/{name}.json" in str(warning.message)
     assert f"python -m autotune tune --device cuda:0 --op {name} {sizes} makes it" in str(warning.message)
