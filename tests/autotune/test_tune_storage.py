@@ -1,11 +1,21 @@
 """What keeps a study: files and servers are opened, anything else is refused in a line that shows no password."""
 
+from pathlib import Path
+
+import optuna
 import pytest
 from optuna.distributions import IntDistribution
 
-from autotune import storage
+from autotune import judge, storage
+from autotune.__main__ import main
+from autotune.arguments import implementation_of, problem_of
 from autotune.ledger import Ledger
-from autotune.outcomes import UsageError
+from autotune.outcomes import PASS, USAGE, UsageError
+from autotune.search import Search
+from autotune.space import Setting, space_of
+
+TABLE = Path(__file__).with_name("trials-chunk-torch-4096.json")
+SPACE = space_of(implementation_of("chunk_torch"), Setting(problem_of("T=4096,H=16", "float32")))
 
 SECRET = "hunter2"
 REFUSED = {
@@ -60,3 +70,38 @@ def test_a_half_line_is_cut_off_before_the_next_is_written(tmp_path):
     Ledger(storage.opened(None, path), "study", fields).tell({"a": 2}, 0.5, "second", violated=False)
     assert path.read_bytes().startswith(whole + b'{"op_code"')
     assert Ledger(storage.opened(None, path), "study", fields).known == {(1,): "first", (2,): "second"}
+
+
+def tuned_by(folder, monkeypatch, *arguments: str) -> int:
+    passed = {"code": 0, "outcome": "passed", "counts": {}, "failed": [], "reason": None}
+    monkeypatch.setattr(judge, "verified_config", lambda *asked: passed)
+    return main(["tune", "--replay", str(TABLE), "--out", str(folder), *arguments])
+
+
+def test_a_study_goes_on_wherever_its_storage_is_reached(tmp_path, monkeypatch, capsys):
+    shared = "--storage", f"journal://{tmp_path}/x.journal"
+    for folder, known, more in (("a", 0, ()), ("b", 6, ()), ("c", 0, ("--fresh",))):
+        assert tuned_by(tmp_path / folder, monkeypatch, *shared, "--trials", "6", *more) == PASS
+        assert f"{known} known from earlier runs" in capsys.readouterr().out
+
+
+def test_a_study_that_somebody_works_on_is_not_forgotten(tmp_path, monkeypatch, capsys):
+    path, url = tmp_path / "x.journal", f"journal://{tmp_path}/x.journal"
+    assert tuned_by(tmp_path, monkeypatch, "--storage", url, "--trials", "2") == PASS
+    [study] = optuna.get_all_study_names(storage.opened(None, path))
+    other = Search(SPACE, path, study)
+    assert other.next(0.0) and tuned_by(tmp_path, monkeypatch, "--storage", url, "--fresh") == USAGE
+    assert "is measuring a trial" in capsys.readouterr().err
+
+
+def test_what_is_no_storage_is_a_usage_error(tmp_path, monkeypatch, capsys):
+    assert tuned_by(tmp_path, monkeypatch, "--storage", "nonsense") == USAGE
+    assert capsys.readouterr().err.startswith("python -m autotune: --storage nonsense: expected")
+
+
+def test_workers_that_share_sqlite_are_warned(tmp_path):
+    url = f"sqlite:///{tmp_path}/x.db"
+    first = Search(SPACE, tmp_path / "unused", "study", url=url)
+    assert first.next(0.0)
+    with pytest.warns(UserWarning, match="SQLite run trials twice"):
+        Search(SPACE, tmp_path / "unused", "study", url=url)
