@@ -234,10 +234,7 @@ def digest(device: str) -> str:
     Of contents as this process has read them, not of paths: equal ones choose equally on devices that are alike.
     """
     told = [
-        [name, nearest, _read_once(path)]
-        for name in KINDS
-        if looks_up(name, device)
-        for path, nearest in _files(name, device)
+        [name, _read_once(path)] for name in KINDS if looks_up(name, device) for path, _ in _files(name, device)
     ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
