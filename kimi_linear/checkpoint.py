@@ -11,6 +11,7 @@ from torch import nn
 
 from kimi_linear.config import KimiConfig
 from kimi_linear.layout import Stored, stored
+from kimi_linear.parameters import allocated
 from kimi_linear.shards import DTYPES, CheckpointError, Entry, Shard, header, read
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -116,12 +117,7 @@ class Checkpoint:
             kinds.setdefault(each.into, set()).add(as_stored if dtype is None or each.float32 else dtype)
         if mixed := [into for into, found in kinds.items() if len(found) > 1]:
             raise CheckpointError(f"{self.folder}: {_listed('of several dtypes, name one to load all in', mixed)}")
-        for into, [kind] in kinds.items():
-            *path, leaf = into.split(".")
-            owner = model.get_submodule(".".join(path))
-            empty = torch.empty(getattr(owner, leaf).shape, dtype=kind, device=device)
-            setattr(owner, leaf, nn.Parameter(empty, requires_grad=False))
-        return dict(model.named_parameters())
+        return allocated(model, {into: kind for into, [kind] in kinds.items()}, device)
 
 
 class _Filler:
@@ -134,7 +130,7 @@ class _Filler:
         each = self.wanted[name]
         if each.padded and rows.numel() > each.elements:
             rows = _unpadded(name, rows, each.elements)
-        place = self.parameters[each.into].detach()[each.at or slice(None)]
+        place = self.parameters[each.into][each.at or slice(None)]
         if first or rows.numel() < place.numel():
             place = place[first : first + len(rows)]
         if torch.isnan(rows).any():

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from kimi_linear.checkpoint import INDEX, SINGLE
 from kimi_linear.config import KimiConfig
 from kimi_linear.layout import Stored, stored
+from kimi_linear.parameters import allocated
 
 SHARD_BYTES = 5 * 10**9
 """Bytes of a shard where nothing else is asked for, as released."""
@@ -88,3 +89,17 @@ def _groups(config: KimiConfig, dtype: torch.dtype, shard_bytes: int) -> Iterato
 
 def _bytes(each: Stored, dtype: torch.dtype) -> int:
     return each.elements * (4 if each.float32 else dtype.itemsize)
+
+
+def random_model(config: KimiConfig, *, seed: int = 0, dtype: torch.dtype | None = None, device="cpu"):
+    """Return the model that `write_random` would write, without a file."""
+    from kimi_linear.model import KimiLinear
+
+    dtype = getattr(torch, config.dtype) if dtype is None else dtype
+    with torch.device("meta"):
+        model = KimiLinear(config)
+    places = allocated(model, {each.into: torch.float32 if each.float32 else dtype for each in stored(config)}, device)
+    for each in stored(config):
+        place = places[each.into][each.at or slice(None)]
+        place.copy_(draw(each, config, seed, dtype).reshape(place.shape))
+    return model.eval()

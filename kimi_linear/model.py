@@ -30,6 +30,7 @@ class KimiLinear(nn.Module):
         self.embed, self.head = (weight(config.vocab_size, config.hidden_size) for _ in range(2))
         self.layers = nn.ModuleList(Block(config, i) for i in range(len(config.layers)))
         self.norm = weight(config.hidden_size)
+        self._step = self.step
 
     @classmethod
     def from_pretrained(
@@ -101,9 +102,17 @@ class KimiLinear(nn.Module):
         lengths = tuple(length + 1 for length in cache.lengths)
         window = min(-(-max(lengths) // WINDOW) * WINDOW, cache.capacity)
         positions = torch.tensor(cache.lengths, device=self.device)
-        logits, states, inputs = self.step(ids, positions, cache.live.states, cache.live.inputs, cache.latents, window)
+        logits, states, inputs = self._step(ids, positions, cache.live.states, cache.live.inputs, cache.latents, window)
         cache.advance(Live(states, inputs, lengths))
         return logits
+
+    def compile_decode(self) -> "KimiLinear":
+        """Run decoding steps through torch's compiler from now on, and return the model; bits change within rounding.
+
+        The first step compiles for a minute, and so does the first of another window or batch size, once.
+        """
+        self._step = torch.compile(self.step, fullgraph=True)
+        return self
 
     def step(
         self,

@@ -7,9 +7,6 @@ from torch import nn
 from kimi_linear.config import KimiConfig
 from kimi_linear.parameters import at_least_float32, weight
 
-GATHERED_BYTES = 2**21
-"""Weights of chosen experts up to this size are copied together and multiplied at once: no loop, static shapes."""
-
 
 def mlp(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """Return down (silu(gate x) * up x): x [n, D], gate_up [2 I, D], down [D, I]."""
@@ -70,23 +67,22 @@ class Experts(nn.Module):
         """Return y [n, D] of x [n, D]."""
         scores = torch.sigmoid(F.linear(at_least_float32(x), at_least_float32(self.router)))
         chosen, weights = route(scores, self.router_bias.to(scores.dtype), self.config)
-        run = self._gathered if self._gathers(chosen) else self._grouped
+        static = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        run = self._gathered if static else self._alone if len(x) == 1 else self._grouped
         y = (weights.to(x.dtype)[:, None] @ run(x, chosen))[:, 0]
         return y if self.shared is None else y + self.shared(x)
 
-    def _gathers(self, chosen: torch.Tensor) -> bool:
-        """Tell whether to copy the chosen experts together: where that is little, and where nothing may wait."""
-        copied = chosen.numel() * (self.gate_up[0].nbytes + self.down[0].nbytes)
-        capturing = chosen.is_cuda and torch.cuda.is_current_stream_capturing()
-        return copied <= GATHERED_BYTES or torch.compiler.is_compiling() or capturing
-
     def _gathered(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Return what each token's experts make of it [n, k, D]: static shapes, no look at values."""
+        """Return what each token's experts make of it [n, k, D]: static shapes, no look at values, weights copied."""
         n, k = chosen.shape
         of = chosen.flatten()
         rows = x[:, None].expand(n, k, -1).reshape(n * k, -1, 1)
-        gate, up = torch.bmm(self.gate_up[of], rows).chunk(2, 1)
-        return torch.bmm(self.down[of], F.silu(gate) * up).view(n, k, -1)
+        gate, up = torch.bmm(self.gate_up.index_select(0, of), rows).chunk(2, 1)
+        return torch.bmm(self.down.index_select(0, of), F.silu(gate) * up).view(n, k, -1)
+
+    def _alone(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the same for one token: nothing to sort, 24 us instead of 34 for two small experts."""
+        return torch.stack([mlp(x, self.gate_up[e], self.down[e]) for e in chosen[0].tolist()], 1)
 
     def _grouped(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Return the same: tokens in the order of their experts, each expert once over all of its own."""

@@ -10,6 +10,16 @@ def weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
+def allocated(model: nn.Module, dtypes: dict[str, torch.dtype], device) -> dict[str, torch.Tensor]:
+    """Give every parameter of a model without memory its own, undefined, of the dtype named; return them by name."""
+    for name, dtype in dtypes.items():
+        *path, leaf = name.split(".")
+        owner = model.get_submodule(".".join(path))
+        empty = torch.empty(getattr(owner, leaf).shape, dtype=dtype, device=device)
+        setattr(owner, leaf, nn.Parameter(empty, requires_grad=False))
+    return {name: x.detach() for name, x in model.named_parameters()}
+
+
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Return x in float32, or as it is in float64."""
     return x if x.dtype == torch.float64 else x.float()

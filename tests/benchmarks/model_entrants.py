@@ -1,0 +1,106 @@
+"""Run Kimi Linear for a timing, ours or transformers', each in a process of its own; what is timed is asked by line."""
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+VOCABULARY = 256
+"""Ids are drawn below it: any model has them."""
+
+
+def ids_of(tokens: int) -> torch.Tensor:
+    """Return [1, tokens] ids, the same in every process."""
+    return torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def ours(folder: str) -> tuple[Callable[[int], object], Callable[[int], Callable[[], object]]]:
+    """Return prefill(T), and decode(T), which prepares a context of T tokens and returns a step."""
+    from kimi_linear import KimiLinear
+
+    model = KimiLinear.from_pretrained(folder)
+
+    def decode(T: int):
+        cache = model.cache(1, T + 4096)
+        model.prefill(ids_of(T), cache)
+        return lambda: model.decode(ids_of(1), cache)
+
+    return lambda T: model.prefill(ids_of(T), model.cache(1, T)), decode
+
+
+def theirs(folder: str) -> tuple[Callable[[int], object], Callable[[int], Callable[[], object]]]:
+    """Return the same for transformers' torch path, whatever faster kernels are installed beside it."""
+    sys.modules.update({"fla": None, "causal_conv1d": None})
+    from transformers import KimiLinearForCausalLM
+
+    model = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+    def prefill(T: int):
+        return model(ids_of(T), use_cache=True, logits_to_keep=1)
+
+    def decode(T: int):
+        past = prefill(T).past_key_values
+        return lambda: model(ids_of(1), past_key_values=past, use_cache=True)
+
+    return prefill, decode
+
+
+ENTRANTS = {"ours": ours, "transformers": theirs}
+
+
+def serve(entrant: str, folder: str) -> None:
+    """Answer lines "prefill T" and "decode T CALLS" with seconds: one prefill, the median of so many steps."""
+    torch.set_grad_enabled(False)
+    prefill, decode = ENTRANTS[entrant](folder)
+    steps: dict[int, Callable] = {}
+    prefill(64)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        kind, T, *calls = line.split()
+        if kind == "prefill":
+            print(seconds(lambda T=int(T): prefill(T)), flush=True)
+            continue
+        if int(T) not in steps:
+            steps[int(T)] = decode(int(T))
+        step = steps[int(T)]
+        step()
+        print(statistics.median(seconds(step) for _ in range(int(*calls))), flush=True)
+
+
+def seconds(call: Callable) -> float:
+    """Time one call."""
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+@contextlib.contextmanager
+def apart(entrant: str, folder: Path) -> Iterator[Callable[[str], float]]:
+    """Yield a function that has a process of the entrant's own time what a line asks for."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from model_entrants import serve; serve(*sys.argv[1:])", entrant, folder],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def answer(line: str | None = None) -> str:
+        if line:
+            print(line, file=process.stdin, flush=True)
+        if not (found := process.stdout.readline()):
+            raise RuntimeError(f"{entrant} ended with status {process.wait()}")
+        return found
+
+    with process:
+        answer()
+        yield lambda line: float(answer(line))
+        process.stdin.close()
