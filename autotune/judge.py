@@ -11,7 +11,10 @@ from pathlib import Path
 
 from autotune.outcomes import BoxOver
 from autotune.timing import Box
+from impls import table
 from verify import records, session
+from verify.budget import demands_of
+from verify.plan import Demands
 
 GRACE = 20.0
 """Seconds that verify has, once interrupted, to end the workers that it started."""
@@ -44,7 +47,11 @@ def verified(names: list[str], device: str, profile: str, box: Box) -> dict[str,
 def verified_config(
     name: str, config: object, device: str, profile: str, head_dims: tuple[int, ...], quiet: bool
 ) -> dict:
-    """Judge one configuration of an implementation, K and V out of `head_dims`; returns its verdict in JSON values."""
+    """Judge one configuration of an implementation, K and V out of `head_dims`; returns its verdict in JSON values.
+
+    A run that passed without meeting the demands of its profile (repeated calls, programs at once, gradients where the
+    implementation has them) has not passed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path, given = Path(folder) / "records.jsonl", Path(folder) / "config.json"
         given.write_text(json.dumps(asdict(config)))
@@ -62,7 +69,23 @@ def verified_config(
             str(given),
         ]
         _run([*command, "--head-dims", dims, "--json", str(path)], Box(math.inf), subprocess.DEVNULL if quiet else None)
-        return _verdict(name, records.read(path) if path.is_file() else [])
+        verdict = _verdict(name, records.read(path) if path.is_file() else [])
+    short = shortfall(verdict["counts"], demands_of(profile, device == "interpret"), table.find(name).backward)
+    if verdict["code"] == session.PASS and short:
+        return verdict | {"code": session.NOTHING, "outcome": OUTCOMES[session.NOTHING], "reason": short}
+    return verdict
+
+
+def shortfall(counts: dict[str, int], demands: Demands, backward: bool) -> str | None:
+    """Return what a verification that passed has left out of what its profile demands; None where that is nothing."""
+    programs = counts.get("programs", counts.get("pairs", 0))
+    if counts.get("repeats", 0) < demands.repeats:
+        return f"equal calls were compared {counts.get('repeats', 0)} times, not {demands.repeats}"
+    if programs < demands.programs:
+        return f"a crowded call had {programs} programs in some launch, not {demands.programs}"
+    if backward and not counts.get("backward"):
+        return "no gradient was judged"
+    return None
 
 
 def _run(command: list[str], box: Box, output: int | None = None) -> None:

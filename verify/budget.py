@@ -4,9 +4,10 @@ Each property is asked on a number of recipes of every dtype. Recipes are drawn 
 properties finish on the first few, later recipes make only the calls of those that need a rare case.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from verify.cases import Case
+from verify.plan import PROFILES, Demands
 
 CHUNK = 16
 """Tokens of a chunk where the call names no chunk length."""
@@ -56,6 +57,16 @@ INTERPRETED = {
     ("deep", "recurrent"): Budget(asked=400, tokens=33, units=1_000_000, shrinking=5_000),
 }
 """By profile and form."""
+
+PROGRAMS = {"smoke": 4, "quick": 8, "tune": 64, "ci": 64, "deep": 256}
+"""By profile, in place of what it demands elsewhere. Programs run one after the other there: none races another, and 64
+of our chunk kernels take 1.1 s a call at K = V = 16 and 3.0 s at 128: 1,024 would take up to 48 s."""
+
+
+def demands_of(profile: str, interpreted: bool) -> Demands:
+    """Return what a profile asks of one recipe, in the interpreter or on a device."""
+    demands = PROFILES[profile].demands
+    return replace(demands, programs=PROGRAMS[profile], tokens=Demands.tokens) if interpreted else demands
 
 
 def cost(form: str, case: Case) -> int:

@@ -21,6 +21,8 @@ class Property:
     kind: str
     check: Callable[[Trial], Iterable[Measure]]
     applies: Callable[[Trial], bool]
+    most: int | None = None
+    """Recipes of a dtype on which it is asked at most, and as many with gates of minus infinity; None: on all."""
 
     @property
     def explanation(self) -> str:
@@ -28,12 +30,14 @@ class Property:
         return inspect.getdoc(self.check)
 
 
-def claim(kind: str, applies: Callable[[Trial], bool] = lambda trial: True) -> Callable[[Callable], Property]:
+def claim(
+    kind: str, applies: Callable[[Trial], bool] = lambda trial: True, most: int | None = None
+) -> Callable[[Callable], Property]:
     """Make a property out of a function; its name is the function's, its explanation the docstring."""
     assert kind in KINDS
 
     def decorate(check: Callable[[Trial], Iterable[Measure]]) -> Property:
-        return Property(check.__name__, kind, check, applies)
+        return Property(check.__name__, kind, check, applies, most)
 
     return decorate
 

@@ -1,7 +1,7 @@
 """What a person sees: progress while workers judge, the table of verdicts, findings with their replay commands."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from verify import coverage
+from verify.claims import Property
 from verify.properties import PROPERTIES
 from verify.recipes import from_json, words
 from verify.records import INFINITE
@@ -50,7 +51,7 @@ def _short(ratio: float) -> str:
     return "inf" if math.isinf(ratio) else f"{ratio:.2f}"
 
 
-def verdict_table(verdicts: list[Verdict]) -> Table:
+def verdict_table(verdicts: list[Verdict], properties: Iterable[Property] = PROPERTIES) -> Table:
     """Build the table: property by implementation, worst measure in units of its limit, number of cases."""
     table = Table(
         title="worst error in units of its limit (1.00 fails), cases in brackets", title_justify="left", pad_edge=False
@@ -58,7 +59,7 @@ def verdict_table(verdicts: list[Verdict]) -> Table:
     table.add_column("property")
     for verdict in verdicts:
         table.add_column(escape(verdict.target), justify="right")
-    for prop in PROPERTIES:
+    for prop in properties:
         cells = [v.cells.get(prop.name) for v in verdicts]
         if any(cells):
             table.add_row(prop.name, *(_cell(cell, prop.kind) for cell in cells))
@@ -110,11 +111,24 @@ def counts(verdict: Verdict, device: str) -> str:
         text += f", {discarded} checks had nothing to compare"
     if verdict.done and verdict.done["dtypes_refused"]:
         text += f"; dtypes not taken: {', '.join(verdict.done['dtypes_refused'])}"
+    if demanded := _demanded(done):
+        text += f"\n  {demanded}"
     if verdict.done and verdict.done["budget"]:
         text += f"\n  {verdict.done['budget']}"
     if verdict.code == 0:
         text += f"\n  {PROMISE.format(cases=verdict.seen, device=device)}"
     return text
+
+
+def _demanded(counts: dict[str, int]) -> str:
+    """Say how often calls were repeated, whether gradients were judged, and how many programs ran at once."""
+    parts = [f"gradients judged in {counts['backward']} cases"] if counts.get("backward") else []
+    if "repeats" in counts:
+        parts.append(f"bits compared in {counts['repeats']} equal calls")
+    if "pairs" in counts:
+        programs = f", launches of at least {counts['programs']:,} programs" if "programs" in counts else ""
+        parts.append(f"a crowd of {counts['pairs']:,} sequences and heads{programs}")
+    return "; ".join(parts)
 
 
 def not_run(name: str, reason: str) -> str:
@@ -164,12 +178,12 @@ def terms(verdict: Verdict) -> str:
     return "  term coverage (cases where leaving it out shows): " + ", ".join(parts)
 
 
-def failure(record: dict, command: str | None) -> str:
-    """Describe a failure: property, smallest case, observed and allowed, how to see it again."""
+def failure(record: dict, command: str | None, case: str | None = None) -> str:
+    """Describe a failure: property, smallest case (in words, its recipe's by default), figures, how to see it again."""
     flaky = "" if record["steady"] else "  [bold red]NONDETERMINISTIC[/]: it passed when the same case ran again\n"
     return (
         f"[bold red]FAIL[/] {escape(record['target'])} :: {record['property']}\n"
-        f"  {escape(words(from_json(record['recipe'])))}\n{flaky}"
+        f"  {escape(case or words(from_json(record['recipe'])))}\n{flaky}"
         f"  {escape(record['what'])} {escape(record['where'])}: observed {_figure(record['observed'])}, "
         f"allowed {_figure(record['allowed'])}" + (f"\n  {escape(command)}" if command else "")
     )

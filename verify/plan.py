@@ -4,6 +4,18 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
+class Demands:
+    """What is asked of one recipe beyond its own calls."""
+
+    repeats: int = 3
+    """Calls with equal inputs, the first one among them, that must give equal bits."""
+    programs: int = 16
+    """Programs that a crowded call must launch of every kernel; where none is seen, pairs of a sequence and a head."""
+    tokens: int = 3
+    """Tokens of the longest sequence of a crowded call."""
+
+
+@dataclass(frozen=True)
 class Profile:
     """How much is tried: recipes per dtype, longest sequence, work of one case (B*HV*T*K*V), attempts at shrinking."""
 
@@ -14,6 +26,7 @@ class Profile:
     work: int
     shrinks: int
     dtypes: tuple[str, ...]
+    demands: Demands = Demands()
 
 
 PROFILES = {
@@ -21,7 +34,14 @@ PROFILES = {
     for profile in (
         Profile("smoke", "does it run at all: seconds", 6, 17, 50_000, 60, ("float32",)),
         Profile(
-            "quick", "before every commit: under a minute on two cores", 32, 33, 200_000, 150, ("float32", "bfloat16")
+            "quick",
+            "before every commit: under a minute on two cores",
+            32,
+            33,
+            200_000,
+            150,
+            ("float32", "bfloat16"),
+            Demands(programs=1024),
         ),
         Profile(
             "tune",
@@ -31,9 +51,17 @@ PROFILES = {
             4_000_000,
             60,
             ("float32", "bfloat16"),
+            Demands(repeats=10, programs=1024, tokens=17),
         ),
         Profile(
-            "ci", "before every merge: minutes", 200, 65, 400_000, 300, ("float32", "bfloat16", "float16", "float64")
+            "ci",
+            "before every merge: minutes",
+            200,
+            65,
+            400_000,
+            300,
+            ("float32", "bfloat16", "float16", "float64"),
+            Demands(programs=1024, tokens=17),
         ),
         Profile(
             "deep",
@@ -43,6 +71,7 @@ PROFILES = {
             2_000_000,
             1000,
             ("float32", "bfloat16", "float16", "float64"),
+            Demands(repeats=10, programs=1024, tokens=33),
         ),
     )
 }

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from verify import coverage, interpreter, mutants, probe, records
-from verify.budget import HEADS, INTERPRETED, Budget
+from verify.budget import HEADS, INTERPRETED, Budget, demands_of
 from verify.claims import Property
-from verify.plan import PROFILES, Plan
+from verify.plan import PROFILES, Demands, Plan
 from verify.properties import PROPERTIES
+from verify.properties.definition import reference_backward
 from verify.recipes import AXES, DIMS, DTYPES, Recipe, draw, drawn, from_json, recipes
 from verify.targets import Target, TargetError, resolve
 from verify.trial import Measure, TargetRaised, Trial
@@ -26,6 +27,9 @@ LOOKED_AT = 32
 
 SHRUNK = 10
 """Properties of one target whose first failure is made small; one bug fails dozens, and a few small cases show it."""
+
+
+COUNTED = ("cases", "rows", "runs", "discarded", "backward")
 
 
 class _Falsified(Exception):
@@ -46,15 +50,29 @@ class Found:
 class Tally:
     """What was done to one target: counts, properties that compared something, and those that met an empty case."""
 
-    counts: dict[str, int] = field(default_factory=lambda: {"cases": 0, "rows": 0, "runs": 0, "discarded": 0})
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
     judged: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Recipes by property (those with gates of minus infinity apart) and dtype."""
     empty: set[str] = field(default_factory=set)
+
+    def met(self, trial: Trial) -> None:
+        """Keep the least that a demand came to in any trial: repeats, and pairs and programs of a crowd."""
+        for name, x in trial.met.items():
+            self.counts[name] = min(x, self.counts.get(name, x))
+
+    def left(self, prop: Property, recipe: Recipe) -> bool:
+        """Tell whether a property is asked on another recipe of this kind."""
+        return prop.most is None or self.judged[reported(prop, recipe), recipe.dtype] < prop.most
 
     def missing(self, chosen: list[Property]) -> list[Property]:
         """Return the properties that compared nothing."""
         names = {name.removesuffix(records.INFINITE) for name, _ in self.judged}
         return [p for p in chosen if p.name not in names]
+
+
+def reported(prop: Property, recipe: Recipe) -> str:
+    """Return the name under which a property's results on a recipe are reported."""
+    return prop.name + (records.INFINITE if recipe.infinite else "")
 
 
 def judge(plan: Plan, emit: Emit) -> None:
@@ -93,7 +111,7 @@ def _once_each(found: dict[str, Found]) -> dict[str, Found]:
 def _judge_one(plan: Plan, target: Target, emit: Emit) -> None:
     """Judge the plan's own recipe on its one property, and report what comes out as `judge` does."""
     recipe, prop = from_json(plan.recipe), next(p for p in PROPERTIES if p.name == plan.properties[0])
-    trial = Trial(target, recipe)
+    trial = Trial(target, recipe, _demands(plan))
     worst = _worst(prop, trial)
     results = {} if worst is None else {prop.name: records.outcome(worst)}
     emit(
@@ -121,7 +139,7 @@ def _judge_one(plan: Plan, target: Target, emit: Emit) -> None:
     emit(
         "target",
         target=plan.target,
-        counts={"cases": 1, "rows": 0, "runs": 1, "discarded": 0},
+        counts=dict.fromkeys(COUNTED, 0) | {"cases": 1, "runs": trial.runs} | trial.met,
         refused={},
         dtypes_refused=[],
         not_asked={},
@@ -195,6 +213,11 @@ def _opened(target: Target, axis: str) -> Target:
     )
 
 
+def _demands(plan: Plan) -> Demands:
+    """Return what is asked of one recipe; of a replayed one the most, since its file does not name a profile."""
+    return demands_of("tune" if plan.recipe else plan.profile, plan.device == "interpret")
+
+
 def _budget(plan: Plan, target: Target) -> Budget | None:
     """Return what the interpreter can afford; None on other devices, and where a number of recipes was asked for."""
     return INTERPRETED[plan.profile, target.form] if plan.device == "interpret" and plan.budgeted else None
@@ -235,10 +258,11 @@ def _generate(
     strategy, killed, units, budget = _strategy(plan, target, dtype), 0, 0, _budget(plan, target)
     for number in range(plan.examples):
         recipe = drawn(strategy, _seed(plan, dtype, number))
-        trial, asked = Trial(target, recipe), chosen
+        trial = Trial(target, recipe, _demands(plan))
+        asked = [p for p in chosen if tally.left(p, recipe)]
         if budget:
-            quota, suffix = budget.quota(recipe.infinite), records.INFINITE if recipe.infinite else ""
-            asked = [p for p in chosen if tally.judged[p.name + suffix, dtype] < quota and p.applies(trial)]
+            quota = budget.quota(recipe.infinite)
+            asked = [p for p in asked if tally.judged[reported(p, recipe), dtype] < quota and p.applies(trial)]
             if not asked or units >= budget.units:
                 continue
         failures = _judge_case(plan, trial, asked, tally, emit)
@@ -269,6 +293,8 @@ def _judge_case(
             failures.append((prop, name, worst))
     counts["cases"] += 1
     counts["runs"] += trial.runs
+    counts["backward"] += reported(reference_backward, trial.recipe) in results
+    tally.met(trial)
     recipe, terms = trial.recipe.to_json(), coverage.covered(trial.case, trial.yard)
     emit(
         "case",
@@ -295,10 +321,9 @@ def _seed(plan: Plan, dtype: str, number: int) -> int:
 
 
 def _measured(trial: Trial, chosen: list[Property]) -> Iterator[tuple[str, Property, list[Measure]]]:
-    suffix = records.INFINITE if trial.recipe.infinite else ""
     for prop in chosen:
         if prop.applies(trial):
-            yield prop.name + suffix, prop, check(prop, trial)
+            yield reported(prop, trial.recipe), prop, check(prop, trial)
 
 
 def check(prop: Property, trial: Trial) -> list[Measure]:
@@ -320,7 +345,7 @@ def _worst(prop: Property, trial: Trial) -> Measure | None:
 
 
 def _report(plan: Plan, target: Target, name: str, found: Found, emit: Emit, shrink: bool) -> None:
-    again = _worst(found.property, Trial(target, found.recipe))
+    again = _worst(found.property, Trial(target, found.recipe, _demands(plan)))
     steady = again is not None and again.ratio > 1
     recipe, measure = _shrink(plan, target, name, found) if steady and shrink else (found.recipe, found.measure)
     emit(
@@ -346,7 +371,7 @@ def _shrink(plan: Plan, target: Target, name: str, found: Found) -> tuple[Recipe
     def failing(recipe: Recipe) -> Measure | None:
         nonlocal spent
         if recipe not in seen and name.endswith(records.INFINITE) == recipe.infinite:
-            trial = Trial(target, recipe)
+            trial = Trial(target, recipe, _demands(plan))
             worst = _worst(found.property, trial) if spent < allowed or not any(seen.values()) else None
             spent += (max(trial.units, 1) if interpreted else 1) if any(seen.values()) else 0
             seen[recipe] = worst if worst is not None and worst.ratio > 1 else None

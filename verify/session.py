@@ -123,19 +123,28 @@ def run(batches: list[list[Plan]], listen: Listener) -> dict[str, Verdict]:
     return verdicts
 
 
+UNCACHED = "glibc.malloc.tcache_count=0"
+"""Keeps glibc from caching blocks of up to 1 KiB for each thread: these come with what they held, whatever
+`poison.poisoned_memory` has asked malloc to fill them with."""
+
+
+def environment(device: str) -> dict[str, str]:
+    """Return the environment of a worker that judges on a device."""
+    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), UNCACHED)))
+    found = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "GLIBC_TUNABLES": tunables}
+    found.pop("TRITON_INTERPRET", None)  # a device means what it says, whatever the shell is set to
+    return found | {"TRITON_INTERPRET": "1"} if device == "interpret" else found
+
+
 @contextlib.contextmanager
 def _worker(batch: list[Plan], arrived: queue.Queue) -> Iterator[None]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    environment.pop("TRITON_INTERPRET", None)  # a device means what it says, whatever the shell is set to
-    if batch[0].device == "interpret":
-        environment["TRITON_INTERPRET"] = "1"
     process = subprocess.Popen(
         [sys.executable, "-m", "verify.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=environment(batch[0].device),
         start_new_session=True,
     )
     thread = threading.Thread(target=_collect, args=(process, batch, arrived), daemon=True)

@@ -4,11 +4,10 @@ A target is called with torch tensors made from a case: values exact, each buffe
 read past its ends shows, every allocation during the call poisoned with NaN so that an element never written shows.
 """
 
-import contextlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from impls import configs, table
 from impls.contracts import PrecisionContract
 from verify.cases import Case
+from verify.poison import poisoned_allocations
 
 GUARD = 64
 """Elements of NaN on both sides of every input buffer: 256 bytes in float32, the alignment that allocators give."""
@@ -224,31 +224,6 @@ def _gradients(case: Case, leaves: dict, starts: list[tuple[torch.Tensor, torch.
     if "ddt_bias" in grads:
         grads["ddt_bias"] = grads["ddt_bias"].reshape(case.HV, case.K)
     return {name: d.detach() for name, d in grads.items()}
-
-
-@contextlib.contextmanager
-def poisoned_allocations() -> Iterator[None]:
-    """Fill with NaN, while this is active, what Python code allocates without a value (torch.empty and its kin)."""
-    places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
-    saved = [(owner, name, getattr(owner, name)) for owner, name in places]
-    for owner, name, original in saved:
-        setattr(owner, name, _poisoning(original))
-    try:
-        yield
-    finally:
-        for owner, name, original in saved:
-            setattr(owner, name, original)
-
-
-def _poisoning(allocate: Callable) -> Callable:
-    def poisoned(*args, **kwargs):
-        x = allocate(*args, **kwargs)
-        if x.is_floating_point() and x.device.type != "meta":
-            with torch.no_grad():
-                x.fill_(float("nan"))
-        return x
-
-    return poisoned
 
 
 def resolve(name: str, device: str, config: Path | None = None, contract: str | None = None) -> Target:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from verify.families import materialise
+from verify.poison import poisoned_allocations
 from verify.recipes import DTYPES, Recipe
 from verify.targets import (
     GUARD,
@@ -16,7 +17,6 @@ from verify.targets import (
     call,
     default_contract,
     guarded,
-    poisoned_allocations,
     resolve,
 )
 

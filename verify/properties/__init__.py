@@ -1,7 +1,7 @@
 """The table of properties, in the order in which they are shown."""
 
 from verify.claims import Property
-from verify.properties import adjoint, algebra, definition, isolation, sequence
+from verify.properties import adjoint, algebra, crowd, definition, isolation, sequence
 
 PROPERTIES: tuple[Property, ...] = (
     definition.reference_forward,
@@ -49,6 +49,8 @@ PROPERTIES: tuple[Property, ...] = (
     isolation.state_v_first,
     isolation.purity,
     isolation.determinism,
+    isolation.unwritten,
+    crowd.crowd,
     adjoint.adjoint_identity,
     adjoint.conservation_query,
     adjoint.conservation_key,
