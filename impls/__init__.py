@@ -2,6 +2,7 @@
 
 from impls.configs import ChunkTorchConfig, ChunkTritonConfig, RecurrentTorchConfig, RecurrentTritonConfig
 from impls.contracts import PrecisionContract, unit_roundoff
+from impls.decode import GatedNorm, ShortConvolution, decode_kda
 from impls.ops import chunk_kda, fused_recurrent_kda, kda
 from impls.table import IMPLEMENTATIONS, Impl, chosen, find
 
@@ -9,12 +10,15 @@ __all__ = [
     "IMPLEMENTATIONS",
     "ChunkTorchConfig",
     "ChunkTritonConfig",
+    "GatedNorm",
     "Impl",
     "PrecisionContract",
     "RecurrentTorchConfig",
     "RecurrentTritonConfig",
+    "ShortConvolution",
     "chosen",
     "chunk_kda",
+    "decode_kda",
     "find",
     "fused_recurrent_kda",
     "kda",

@@ -14,7 +14,8 @@ def _names(dtypes) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _tensor(name: str, x) -> None:
+def check_tensor(name: str, x) -> None:
+    """Refuse what is no dense tensor: TypeError."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
@@ -32,17 +33,20 @@ def check_flag(name: str, x) -> None:
         raise TypeError(f"{name} must be True or False, got {x!r}")
 
 
-def _shape(name: str, x: torch.Tensor, letters: str, expected: tuple[int, ...]) -> None:
+def check_shape(name: str, x: torch.Tensor, letters: str, expected: tuple[int, ...]) -> None:
+    """Refuse another shape than the expected one, whose sizes are named by letters: ValueError."""
     if tuple(x.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape [{letters}] = {list(expected)}, got {list(x.shape)}")
 
 
-def _dtype(name: str, x: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+def check_dtype(name: str, x: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Refuse a dtype that is not allowed: TypeError."""
     if x.dtype not in allowed:
         raise TypeError(f"{name} must be one of {_names(allowed)}, got {_names([x.dtype])}")
 
 
-def _device(name: str, x: torch.Tensor, device: torch.device) -> None:
+def check_device(name: str, x: torch.Tensor, device: torch.device) -> None:
+    """Refuse a tensor on another device than q's: ValueError."""
     if x.device != device:
         raise ValueError(f"{name} must be on {device} like q, got {x.device}")
 
@@ -54,12 +58,12 @@ def check_inputs(q, k, v, g, beta) -> None:
     """
     named = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
     for name, x in named.items():
-        _tensor(name, x)
+        check_tensor(name, x)
         rank = 3 if name == "beta" else 4
         if x.ndim != rank:
             raise ValueError(f"{name} must have {rank} dimensions, got {x.ndim}: {list(x.shape)}")
-        _dtype(name, x, (q.dtype,) if name in ("k", "v") else DTYPES)
-        _device(name, x, q.device)
+        check_dtype(name, x, (q.dtype,) if name in ("k", "v") else DTYPES)
+        check_device(name, x, q.device)
     _check_sizes(q, k, v, g, beta)
 
 
@@ -70,10 +74,10 @@ def _check_sizes(q, k, v, g, beta) -> None:
             raise ValueError(f"{letter}, the last size of {tensor}, must be from 1 to {MAX_HEAD_DIM}, got {size}")
     if H < 1 or HV < 1 or HV % H:
         raise ValueError(f"HV, the heads of v, must be a positive multiple of H = {H}, the heads of q, got {HV}")
-    _shape("k", k, "B, T, H, K", (B, T, H, K))
-    _shape("v", v, "B, T, HV, V", (B, T, HV, V))
-    _shape("g", g, "B, T, HV, K", (B, T, HV, K))
-    _shape("beta", beta, "B, T, HV", (B, T, HV))
+    check_shape("k", k, "B, T, H, K", (B, T, H, K))
+    check_shape("v", v, "B, T, HV, V", (B, T, HV, V))
+    check_shape("g", g, "B, T, HV, K", (B, T, HV, K))
+    check_shape("beta", beta, "B, T, HV", (B, T, HV))
 
 
 def check_packing(q, cu_seqlens, cu_seqlens_cpu) -> None:
@@ -93,14 +97,14 @@ def check_packing(q, cu_seqlens, cu_seqlens_cpu) -> None:
         raise ValueError(f"q must have batch size B = 1 with cu_seqlens, got B = {q.shape[0]}")
     if cu_seqlens.shape[0] == 1 and q.shape[1] > 0:
         raise ValueError(f"cu_seqlens must run from 0 to T = {q.shape[1]}, got one element, for no sequence")
-    _device("cu_seqlens", cu_seqlens, q.device)
+    check_device("cu_seqlens", cu_seqlens, q.device)
     if cu_seqlens_cpu is not None:
         _check_copy(cu_seqlens, cu_seqlens_cpu)
 
 
 def _check_copy(cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor) -> None:
     """Check that cu_seqlens_cpu is a copy; its values only where both can be read without waiting for a device."""
-    _shape("cu_seqlens_cpu", cu_seqlens_cpu, "N + 1", tuple(cu_seqlens.shape))
+    check_shape("cu_seqlens_cpu", cu_seqlens_cpu, "N + 1", tuple(cu_seqlens.shape))
     if cu_seqlens_cpu.device.type != "cpu":
         raise ValueError(f"cu_seqlens_cpu must be on cpu, got {cu_seqlens_cpu.device}")
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
@@ -127,15 +131,15 @@ def check_state(initial_state, q, v, cu_seqlens, state_v_first: bool) -> None:
     """Check the initial state: [N, HV, K, V], or [N, HV, V, K] with state_v_first, on q's device, of a legal dtype."""
     if initial_state is None:
         return
-    _tensor("initial_state", initial_state)
+    check_tensor("initial_state", initial_state)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     HV, K, V = v.shape[2], q.shape[3], v.shape[3]
     if state_v_first:
-        _shape("initial_state", initial_state, "N, HV, V, K", (N, HV, V, K))
+        check_shape("initial_state", initial_state, "N, HV, V, K", (N, HV, V, K))
     else:
-        _shape("initial_state", initial_state, "N, HV, K, V", (N, HV, K, V))
-    _dtype("initial_state", initial_state, DTYPES if q.dtype == torch.float64 else DTYPES[1:])
-    _device("initial_state", initial_state, q.device)
+        check_shape("initial_state", initial_state, "N, HV, K, V", (N, HV, K, V))
+    check_dtype("initial_state", initial_state, DTYPES if q.dtype == torch.float64 else DTYPES[1:])
+    check_device("initial_state", initial_state, q.device)
 
 
 def check_gate(g, use_gate_in_kernel: bool, A_log, dt_bias, lower_bound) -> None:
@@ -152,9 +156,9 @@ def check_gate(g, use_gate_in_kernel: bool, A_log, dt_bias, lower_bound) -> None
     for name, x, letters, size in (("A_log", A_log, "HV", HV), ("dt_bias", dt_bias, "HV * K", HV * K)):
         if x is None:
             continue
-        _tensor(name, x)
-        _dtype(name, x, DTYPES)
-        _device(name, x, g.device)
+        check_tensor(name, x)
+        check_dtype(name, x, DTYPES)
+        check_device(name, x, g.device)
         if x.numel() != size:
             raise ValueError(f"{name} must have {letters} = {size} elements, got {x.numel()}: {list(x.shape)}")
 

@@ -23,10 +23,11 @@ from impls.targets import Target
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
-FLOAT32_BUFFERS = ("last", "left", "entering", "initial", "final", "kept", "A_log", "dt_bias")
+FLOAT32_BUFFERS = ("last", "left", "entering", "initial", "final", "kept", "A_log", "dt_bias", "state", "norm_weight")
+INDEX_BUFFERS = {"cu_seqlens": "*i64", **dict.fromkeys(("indices", "accepted", "position"), "*i32")}
 SCALARS = {
-    **dict.fromkeys(("T", "N", "segment", "interval", "kept_rows"), "i32"),
-    **dict.fromkeys(("scale", "lower_bound"), "fp32"),
+    **dict.fromkeys(("T", "N", "segment", "interval", "kept_rows", "slots", "R", "first_program"), "i32"),
+    **dict.fromkeys(("scale", "lower_bound", "epsilon"), "fp32"),
 }
 PROCESSES = 2
 """Compiles at the same time."""
@@ -71,12 +72,14 @@ def check_compiling() -> None:
 
 def signature(launch: Launch, problem: Problem) -> dict[str, str]:
     """Return Triton's type of every argument of a launch: float32 for states and parameters, else the inputs' dtype."""
-    known = {**{name: _pointer(name, problem.dtype) for name in launch.buffers}, **SCALARS}
+    known = {**SCALARS, **{name: _pointer(name, problem.dtype) for name in launch.buffers}}
+    for name in launch.constants:
+        known.pop(name, None)
     return {name: known.get(name, "constexpr") for name in launch.kernel.arg_names}
 
 
 def _pointer(name: str, dtype: str) -> str:
-    return "*i64" if name == "cu_seqlens" else POINTERS["float32" if name in FLOAT32_BUFFERS else dtype]
+    return INDEX_BUFFERS.get(name) or POINTERS["float32" if name in FLOAT32_BUFFERS else dtype]
 
 
 def compiled(launch: Launch, problem: Problem, target: Target) -> Resources:

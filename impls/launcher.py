@@ -29,7 +29,7 @@ def forward_of(plan_of: Callable[[Problem, torch.device, int, tuple[int, ...]], 
             dt_bias=dt_bias is not None, initial=initial_state is not None, final=output_final_state,
             keeps=state_interval > 0, v_first=state_v_first,
         )  # fmt: skip
-        _check_interpreter(q)
+        check_interpreter(q)
         _check_values(q, cu_seqlens, cu_seqlens_cpu)
         plan = plan_of(problem, q.device, state_interval, tuple(launch))
         given = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias,
@@ -51,7 +51,7 @@ def forward_of(plan_of: Callable[[Problem, torch.device, int, tuple[int, ...]], 
     return forward
 
 
-def _check_interpreter(q: torch.Tensor) -> None:
+def check_interpreter(q: torch.Tensor) -> None:
     """Refuse bfloat16 in an interpreter that multiplies its bit patterns: results were 10 orders of magnitude off."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return

@@ -68,12 +68,13 @@ class Launch:
     constants: dict[str, Any] = field(compare=False)
     options: dict[str, int] = field(compare=False)
 
-    def run(self, buffers: dict[str, Any], scalars: dict[str, int | float]) -> None:
-        """Launch the kernel on tensors and numbers by name; nothing is launched where there is no program."""
-        if self.programs == 0:
+    def run(self, buffers: dict[str, Any], scalars: dict[str, int | float], programs: int | None = None) -> None:
+        """Launch the kernel, or only so many programs, on tensors and numbers by name; nothing where there is none."""
+        programs = self.programs if programs is None else programs
+        if programs == 0:
             return
         known = {**{name: buffers[name] for name in self.buffers}, **scalars, **self.constants}
-        self.kernel[(self.programs,)](*(known.get(name) for name in self.kernel.arg_names), **self.options)
+        self.kernel[(programs,)](*(known.get(name) for name in self.kernel.arg_names), **self.options)
 
 
 @dataclass(frozen=True)

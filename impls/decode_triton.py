@@ -1,0 +1,201 @@
+"""Take one decode step in Triton, in one launch: convolutions, activations, the states, the gated norm.
+
+    P = Diag(exp g) S        delta = beta (v - P^T k)        S <- P + k delta^T        o = scale (P^T q + (q . k) delta)
+
+One program per sequence, value head and tile of value channels keeps its part of the state, transposed [BV, BK], in
+float32 registers; both sums over a state's rows are of P, so that neither waits for the other. A gated norm needs all
+value channels of a head in one program. Only x of the grid is used, in parts of at most GRID programs.
+"""
+
+import functools
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+from impls.activations_triton import exp2, gate_parameters, inverse_norm, log2_decay, sigmoid, write_strength
+from impls.checks import DTYPE_NAMES
+from impls.configs import RecurrentTritonConfig, invalid
+from impls.decode import Step
+from impls.launcher import check_interpreter
+from impls.layout_triton import inside, state_offsets
+from impls.plan import Launch, Problem, options, tile_of
+
+GRID = 2**31 - 1
+"""Programs of one launch."""
+
+
+@triton.jit
+def convolved(x, weight, ring, i_t, start, o_d, m_d, D, R, W: tl.constexpr, T: tl.constexpr):
+    """Return silu of the convolution at token i_t, channels o_d of rows of D; x and ring point at the sequence's."""
+    total = tl.load(x + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+    total *= tl.load(weight + o_d * W + (W - 1), mask=m_d, other=0.0).to(tl.float32)
+    for w in tl.static_range(W - 1):
+        back = i_t - (W - 1) + w
+        p = start + back
+        m_old = m_d & (back < 0) & (p >= 0)
+        b_x = tl.load(ring + tl.where(p >= 0, p % R, 0) * D + o_d, mask=m_old, other=0.0).to(tl.float32)
+        if T > 1:
+            b_x += tl.load(x + back * D + o_d, mask=m_d & (back >= 0), other=0.0).to(tl.float32)
+        total += b_x * tl.load(weight + o_d * W + w, mask=m_d, other=0.0).to(tl.float32)
+    return total * sigmoid(total)
+
+
+@triton.jit
+def remembered(x, ring, start, o_d, mask, D, R, T: tl.constexpr):
+    """Write T rows of raw inputs into the ring of a sequence."""
+    for i_t in range(T):
+        row = tl.load(x + i_t * D + o_d, mask=mask, other=0.0)
+        tl.store(ring + (start + i_t) % R * D + o_d, row.to(ring.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["slots", "R", "first_program"])
+def decode(
+    q, k, v, g, beta, A_log, dt_bias, state, final, indices, accepted, o,
+    q_weight, k_weight, v_weight, q_ring, k_ring, v_ring, position, norm_weight, norm_gate,
+    slots, R, first_program, scale, lower_bound, epsilon,
+    T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, W: tl.constexpr, PER_TOKEN: tl.constexpr, L2NORM: tl.constexpr, GATE: tl.constexpr,
+    SIGMOID: tl.constexpr, V_FIRST: tl.constexpr, NORM: tl.constexpr,
+):
+    """Take T tokens of one sequence with BV columns of one head's state, transposed: S [BV, BK]."""
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    program = first_program + tl.program_id(0).to(tl.int64)
+    i_v, i_h, i_n = (program % TILES).to(tl.int32), (program // TILES % HV).to(tl.int32), program // (TILES * HV)
+    i_k = i_h // (HV // H)
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_k, m_v, m_s = o_k < K, o_v < V, inside(o_v, V, o_k, K, K == BK)
+    slot, start = i_n, 0 * i_n
+    if indices is not None:
+        at = 0 * i_n
+        if accepted is not None:
+            at = tl.minimum(tl.maximum(tl.load(accepted + i_n).to(tl.int64), 1), T) - 1
+        slot = tl.load(indices + (i_n * T + at if PER_TOKEN else i_n)).to(tl.int64)
+    used = (slot >= 0) & (slot < slots)
+    slot = tl.where(used, slot, 0)
+    if W > 0:
+        start = tl.load(position + i_n).to(tl.int64)
+        # one ring serves a sequence whichever of its slots it goes on from: that of its first token
+        of_ring = slot
+        if PER_TOKEN:
+            of_ring = tl.load(indices + i_n * T).to(tl.int64)
+        used = used & (of_ring >= 0) & (of_ring < slots)
+        of_ring = tl.where(used, of_ring, 0) * R
+        q_ring, k_ring, v_ring = q_ring + of_ring * (H * K), k_ring + of_ring * (H * K), v_ring + of_ring * (HV * V)
+    m_k, m_v_used, m_s = m_k & used, m_v & used, m_s & used
+    q, k = q + i_n * T * H * K, k + i_n * T * H * K
+    v, o = v + i_n * T * HV * V, o + (i_n * T * HV + i_h) * V
+    g, beta = g + (i_n * T * HV + i_h) * K, beta + i_n * T * HV + i_h
+    d_k, d_v = i_k * K + o_k, i_h * V + o_v
+    rate, bias = gate_parameters(A_log, dt_bias, i_h, o_k, K, GATE)
+    S = tl.load(state + state_offsets(slot * HV + i_h, o_v, o_k, K, V, V_FIRST), mask=m_s, other=0.0).to(tl.float32)
+    for i_t in range(T):
+        if W > 0:
+            b_q = convolved(q, q_weight, q_ring, i_t, start, d_k, m_k, H * K, R, W, T)
+            b_k = convolved(k, k_weight, k_ring, i_t, start, d_k, m_k, H * K, R, W, T)
+            b_v = convolved(v, v_weight, v_ring, i_t, start, d_v, m_v_used, HV * V, R, W, T)
+        else:
+            b_q = tl.load(q + i_t * H * K + d_k, mask=m_k, other=0.0).to(tl.float32)
+            b_k = tl.load(k + i_t * H * K + d_k, mask=m_k, other=0.0).to(tl.float32)
+            b_v = tl.load(v + i_t * HV * V + d_v, mask=m_v_used, other=0.0).to(tl.float32)
+        b_g = tl.load(g + i_t * HV * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_beta = write_strength(tl.load(beta + i_t * HV).to(tl.float32), SIGMOID)
+        b_q, b_k = b_q[None, :], b_k[None, :]
+        if L2NORM:
+            b_q *= inverse_norm(b_q, False)
+            b_k *= inverse_norm(b_k, False)
+        S *= exp2(log2_decay(b_g, rate, bias, lower_bound, GATE, False), False)[None, :]
+        of_k, of_q = tl.sum(S * b_k, 1), tl.sum(S * b_q, 1)
+        delta = b_beta * (b_v - of_k)
+        b_o = scale * (of_q + tl.sum(b_q * b_k, 1) * delta)
+        S += delta[:, None] * b_k
+        if NORM != "none":
+            b_o *= tl.rsqrt(tl.sum(tl.where(m_v, b_o * b_o, 0.0), 0) / V + epsilon)
+            b_z = tl.load(norm_gate + (i_n * T + i_t) * HV * V + d_v, mask=m_v_used, other=0.0).to(tl.float32)
+            b_z = sigmoid(b_z) * b_z if NORM == "silu" else sigmoid(b_z)
+            b_o *= tl.load(norm_weight + o_v, mask=m_v, other=0.0).to(tl.float32) * b_z
+        tl.store(o + i_t * HV * V + o_v, tl.where(used, b_o, 0.0).to(o.dtype.element_ty), mask=m_v)
+        if PER_TOKEN:
+            to = tl.load(indices + i_n * T + i_t).to(tl.int64)
+            kept = (to >= 0) & (to < slots)
+            of_state = state_offsets(tl.where(kept, to, 0) * HV + i_h, o_v, o_k, K, V, V_FIRST)
+            tl.store(final + of_state, S.to(final.dtype.element_ty), mask=m_s & kept)
+    if not PER_TOKEN:
+        of_state = state_offsets(slot * HV + i_h, o_v, o_k, K, V, V_FIRST)
+        tl.store(final + of_state, S.to(final.dtype.element_ty), mask=m_s)
+    if W > 0:
+        m_first = m_k & (i_v == 0) & (i_h % (HV // H) == 0)
+        remembered(q, q_ring, start, d_k, m_first, H * K, R, T)
+        remembered(k, k_ring, start, d_k, m_first, H * K, R, T)
+        remembered(v, v_ring, start, d_v, m_v_used, HV * V, R, T)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(problem: Problem, tile: int, warps: int, W: int, per_token: bool, norm: str, given: tuple[str, ...]) -> Launch:
+    """Return the launch of a step: `problem.T` tokens, value tiles of `tile`, the buffers that are given."""
+    sizes = {name: getattr(problem, name) for name in ("T", "H", "HV", "K", "V", "BK")}
+    modes = {"L2NORM": problem.l2norm, "GATE": problem.gate, "SIGMOID": problem.sigmoid, "V_FIRST": problem.v_first}
+    return Launch(
+        name="decode",
+        kernel=decode,
+        programs=problem.N * problem.HV * -(-problem.V // tile),
+        buffers=given,
+        constants=sizes | modes | {"BV": tile, "W": W, "PER_TOKEN": per_token, "NORM": norm},
+        options=options(warps, 1),
+    )
+
+
+def tiling(problem: Problem, W: int, norm: bool, config: RecurrentTritonConfig | None) -> tuple[int, int]:
+    """Return value tile and warps: a configuration's, else what the compiler made the least of on sm_90.
+
+    At K = V = 128, registers and microseconds by estimate of one sequence and of 256 (32 heads; the bytes alone 0.9 and
+    224): plain 16 channels on 4 warps 56, 1.6, 249; convolution of 4 32 on 4 128, 4.4, 279 (16 on 4: 6.7, 474); with
+    the norm 128 on 16 128, 24 bytes spilled, 5.9, 369. Nothing was measured.
+    """
+    if config is not None and (reason := invalid(config)):
+        raise ValueError(reason)
+    most = tile_of(problem.V)
+    tile = most if norm else min(config.value_tile if config else 32 if W else 16, most)
+    elements = tile * problem.BK // (1024 if norm or W else 512)
+    return tile, config.warps if config else min(16, max(1, elements))
+
+
+def decode_triton(q, k, v, g, beta, step: Step, config: RecurrentTritonConfig | None = None) -> torch.Tensor:
+    """Take a step: see `impls.decode.decode_kda`.
+
+    Nothing is waited for, and nothing allocated but copies of inputs that are not contiguous: a CUDA graph can hold it.
+    """
+    check_interpreter(q)
+    call, problem = step.call, problem_of(q, v, step)
+    convolution, norm = step.convolution, step.norm
+    given = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": call.A_log, "dt_bias": call.dt_bias,
+             "state": step.state, "final": step.final_state, "indices": step.indices, "accepted": step.accepted,
+             "o": step.out}  # fmt: skip
+    if convolution:
+        names = ("q_weight", "k_weight", "v_weight", "q_ring", "k_ring", "v_ring", "position")
+        given |= {name: getattr(convolution, name) for name in names}
+    if norm:
+        given |= {"norm_weight": norm.weight, "norm_gate": norm.gate}
+    buffers = {name: x.contiguous() for name, x in given.items() if x is not None}
+    W = convolution.q_weight.shape[1] if convolution else 0
+    tile, warps = tiling(problem, W, norm is not None, config)
+    launch = plan(problem, tile, warps, W, step.per_token, norm.activation if norm else "none", tuple(buffers))
+    scalars = {
+        "slots": step.state.shape[0], "R": convolution.q_ring.shape[1] if convolution else 1, "scale": call.scale,
+        "lower_bound": call.lower_bound or 0.0, "epsilon": norm.epsilon if norm else 0.0,
+    }  # fmt: skip
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        for first in range(0, launch.programs, GRID):
+            launch.run(buffers, scalars | {"first_program": first}, min(GRID, launch.programs - first))
+    return step.out
+
+
+def problem_of(q, v, step: Step) -> Problem:
+    """Describe a step in the terms of a plan."""
+    (N, T, H, K), (HV, V), call = q.shape, v.shape[2:], step.call
+    return Problem(
+        B=N, T=T, N=N, H=H, HV=HV, K=K, V=V, dtype=DTYPE_NAMES[q.dtype], l2norm=call.l2norm, gate=call.gate,
+        sigmoid=call.sigmoid, A_log=call.A_log is not None, dt_bias=call.dt_bias is not None, initial=True, final=True,
+        v_first=call.state_v_first,
+    )  # fmt: skip

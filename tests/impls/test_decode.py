@@ -1,0 +1,320 @@
+"""The decode step on a pool of states agrees with the definition, and touches nothing but its own slots."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+import kda_spec
+from impls import decode_triton
+from impls.configs import RecurrentTritonConfig
+from impls.decode import STEPS, GatedNorm, ShortConvolution, decode_kda
+from kda_spec import gates
+from kda_spec.layers import rms_norm, short_convolution, sigmoid, silu
+from kda_spec.types import Inputs
+
+FLOAT32 = 4.8e-7
+"""Twice the worst relative error of a whole tensor of the recurrent kernels in tests/impls/test_triton_reference.py."""
+RAW = {
+    "use_qk_l2norm_in_kernel": True,
+    "use_gate_in_kernel": True,
+    "use_beta_sigmoid_in_kernel": True,
+}
+NAMES = list(STEPS)
+
+
+@dataclass
+class Pool:
+    """A drawn step: raw inputs, the pool, and what else is fused."""
+
+    inputs: list[torch.Tensor]
+    state: torch.Tensor
+    indices: torch.Tensor
+    keywords: dict
+    convolution: ShortConvolution | None = None
+    norm: GatedNorm | None = None
+
+    def step(self, name: str, **others) -> torch.Tensor:
+        asked = {"ssm_state_indices": self.indices, "convolution": self.convolution, "norm": self.norm}
+        return decode_kda(*self.inputs, self.state, implementation=name, **(self.keywords | asked | others))
+
+
+def drawn(T=1, N=3, H=1, HV=2, K=6, V=5, S=7, W=0, norm=None, dtype=torch.float32, pool=torch.float32, v_first=False):
+    """Draw a step of N sequences in slots 5, 2, 4, ... of a pool."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    inputs = [normal(N, T, H, K), normal(N, T, H, K), normal(N, T, HV, V), normal(N, T, HV, K) - 1, normal(N, T, HV)]
+    state = normal(S, HV, V, K) if v_first else normal(S, HV, K, V)
+    indices = torch.tensor([5, 2, 4, 0, 6])[:N]
+    keywords = RAW | {"A_log": torch.linspace(-1, 1, HV), "dt_bias": normal(HV * K), "state_v_first": v_first}
+    made = Pool([x.to(dtype) for x in inputs], state.to(pool), indices, keywords)
+    if W:
+        sizes, R = (H * K, H * K, HV * V), W - 1 + T + 2
+        weights, rings = [normal(D, W) for D in sizes], [normal(S, R, D).to(dtype) for D in sizes]
+        made.convolution = ShortConvolution(*weights, *rings, torch.tensor([9, 1, 0, 4, 2])[:N])
+    if norm:
+        made.norm = GatedNorm(normal(V), normal(N, T, HV, V).to(dtype), activation=norm)
+    return made
+
+
+def array(x) -> np.ndarray:
+    return x.double().numpy()
+
+
+def tail_of(ring: torch.Tensor, position: int, W: int) -> np.ndarray:
+    """Return the last W - 1 raw inputs [W - 1, D] before a position, oldest first; zeros before the first token."""
+    before = range(position - W + 1, position)
+    return np.stack([array(ring[p % len(ring)]) if p >= 0 else np.zeros(ring.shape[1]) for p in before])
+
+
+def expected(made: Pool, n: int, start: torch.Tensor) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return o [T, HV, V] of sequence n by the definition, and its state [HV, K, V] behind each token."""
+    q, k, v, g, beta = (array(x[n : n + 1]) for x in made.inputs)
+    if made.convolution:
+        q, k, v = (_convolved(made, n, name, x) for name, x in zip("qkv", (q, k, v), strict=True))
+    A_log, dt_bias = array(made.keywords["A_log"]), array(made.keywords["dt_bias"]).reshape(g.shape[2:])
+    x = gates.l2norm(q), gates.l2norm(k), v, gates.softplus_gate(g, A_log, dt_bias), gates.beta_sigmoid(beta)
+    S, o, states = array(start)[None], [], []
+    S = S.swapaxes(2, 3) if made.keywords["state_v_first"] else S
+    for t in range(q.shape[1]):
+        found = kda_spec.recurrent(Inputs(*(y[:, t : t + 1] for y in x), initial_state=S))
+        S = found.final_state
+        o.append(found.o[0, 0])
+        states.append(S[0])
+    return _normed(made, n, np.stack(o)), states
+
+
+def _convolved(made: Pool, n: int, name: str, x: np.ndarray) -> np.ndarray:
+    by, slot = made.convolution, int(made.indices.reshape(len(made.indices), -1)[n, 0])
+    weight = array(getattr(by, f"{name}_weight"))
+    tail = tail_of(getattr(by, f"{name}_ring")[slot], int(by.position[n]), weight.shape[1])
+    return silu(short_convolution(x.reshape(1, x.shape[1], -1), weight[:, None], tail[None])[0]).reshape(x.shape)
+
+
+def _normed(made: Pool, n: int, o: np.ndarray) -> np.ndarray:
+    if made.norm is None:
+        return o
+    gate = {"sigmoid": sigmoid, "silu": silu}[made.norm.activation](array(made.norm.gate[n]))
+    return rms_norm(o, array(made.norm.weight), made.norm.epsilon) * gate
+
+
+def assert_close(x: torch.Tensor, exact: np.ndarray, bound: float) -> None:
+    assert tuple(x.shape) == exact.shape
+    assert np.linalg.norm(array(x) - exact) <= bound * np.linalg.norm(exact)
+
+
+CASES = {
+    "one token": {},
+    "eight tokens": {"T": 8},
+    "value first": {"v_first": True, "K": 17, "V": 20},
+    "grouped heads": {"H": 2, "HV": 4, "T": 2},
+    "several value tiles": {"K": 16, "V": 40},
+    "convolution of 2": {"W": 2, "T": 3},
+    "convolution of 4": {"W": 4, "H": 1, "HV": 2},
+    "convolution of 4, eight tokens": {"W": 4, "T": 8, "V": 40},
+    "norm": {"norm": "sigmoid", "V": 40},
+    "all": {"W": 4, "norm": "silu", "T": 2, "H": 2, "HV": 4, "K": 17, "V": 20, "v_first": True},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_step_agrees_with_the_definition_and_leaves_other_slots_alone(name, case):
+    made = drawn(**case)
+    before, used = made.state.clone(), made.indices.tolist()
+    wanted = [expected(made, n, before[slot]) for n, slot in enumerate(used)]
+    o = made.step(name)
+    for n, (slot, (exact, states)) in enumerate(zip(used, wanted, strict=True)):
+        assert_close(o[n], exact, FLOAT32)
+        S = made.state[slot].mT if made.keywords["state_v_first"] else made.state[slot]
+        assert_close(S, states[-1], FLOAT32)
+    others = [slot for slot in range(len(before)) if slot not in used]
+    assert torch.equal(made.state[others], before[others])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rings_hold_the_raw_inputs_by_position_and_nothing_else_changes(name):
+    made = drawn(W=3, T=2)
+    rings = {part: getattr(made.convolution, f"{part}_ring") for part in "qkv"}
+    before = {part: ring.clone() for part, ring in rings.items()}
+    made.step(name)
+    for part, x in zip("qkv", made.inputs, strict=False):
+        for n, slot in enumerate(made.indices.tolist()):
+            for t in range(2):
+                row = (int(made.convolution.position[n]) + t) % rings[part].shape[1]
+                assert torch.equal(rings[part][slot, row], x[n, t].flatten())
+                before[part][slot, row] = rings[part][slot, row]
+        assert torch.equal(rings[part], before[part])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", [{}, {"W": 4, "norm": "silu"}, {"T": 3}], ids=str)
+def test_padding_writes_nothing_but_zeros_into_its_own_output(name, case):
+    made = drawn(**case)
+    made.indices[1] = -1
+    made.inputs[2][1] = torch.nan
+    pools = [made.state, *((made.convolution.q_ring, made.convolution.v_ring) if made.convolution else ())]
+    before = [x.clone() for x in pools]
+    o = made.step(name)
+    assert torch.equal(o[1], torch.zeros_like(o[1])) and o.isfinite().all()
+    for x, old in zip(pools, before, strict=True):
+        assert torch.equal(x[[0, 1, 2, 3, 6]], old[[0, 1, 2, 3, 6]]) and not torch.equal(x[5], old[5])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("v_first", [False, True])
+def test_a_slot_for_each_token_and_a_start_behind_those_that_were_accepted(name, v_first):
+    made = drawn(T=3, N=2, S=9, v_first=v_first, W=4)
+    made.indices = torch.tensor([[5, 2, 8], [4, 7, -1]])
+    before, accepted = made.state.clone(), torch.tensor([2, 1])
+    wanted = [expected(made, 0, before[2]), expected(made, 1, before[4])]
+    o = made.step(name, num_accepted_tokens=accepted)
+    for n, (exact, states) in enumerate(wanted):
+        assert_close(o[n], exact, FLOAT32)
+        for slot, S in zip(made.indices[n].tolist(), states, strict=True):
+            if slot >= 0:
+                assert_close(made.state[slot].mT if v_first else made.state[slot], S, FLOAT32)
+    assert torch.equal(made.state[[0, 1, 3, 6]], before[[0, 1, 3, 6]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rejected_tokens_are_forgotten(name):
+    """Three tokens of which one is accepted, then two others: as if the two rejected ones had never been."""
+    long, short = drawn(T=3, N=1, W=4, S=9), drawn(T=3, N=1, W=4, S=9)
+    slots = torch.tensor([[5, 2, 8]])
+    long.indices = short.indices = slots
+    long.step(name)
+    ours = [x[:, 1:] * 2 for x in long.inputs]
+    moved = replace(long.convolution, position=long.convolution.position + 1)
+    again = Pool(ours, long.state, torch.tensor([[5, 2]]), long.keywords, moved)
+    # the ring is that of the sequence's first slot, and the step starts where the first token left
+    o = again.step(name, num_accepted_tokens=torch.tensor([1]))
+    short.inputs = [torch.cat((x[:, :1], y), 1) for x, y in zip(short.inputs, ours, strict=True)]
+    assert torch.equal(o, short.step(name)[:, 1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_out_of_place_leaves_the_pool_alone(name):
+    made, there = drawn(T=2), torch.full_like(drawn().state, 7.0)
+    before = made.state.clone()
+    o = made.step(name, final_state=there)
+    assert torch.equal(made.state, before) and bool((there[[0, 1, 3, 6]] == 7).all())
+    assert torch.equal(made.step(name), o) and torch.equal(made.state[made.indices], there[made.indices])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_pool_in_bfloat16_is_rounded_once_a_step(name, dtype):
+    made = drawn(dtype=dtype, pool=torch.bfloat16)
+    before = made.state.clone()
+    o = made.step(name)
+    for n, slot in enumerate(made.indices.tolist()):
+        exact, states = expected(made, n, before[slot])
+        assert_close(o[n], exact, torch.finfo(dtype).eps / 2)
+        assert_close(made.state[slot], states[-1], 2.0**-9)
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+def test_tiles_change_no_bits(tile):
+    config = RecurrentTritonConfig(value_tile=tile)
+    first, second = drawn(K=16, V=40, W=2), drawn(K=16, V=40, W=2)
+    assert torch.equal(first.step("decode_triton", config=config), second.step("decode_triton"))
+    assert torch.equal(first.state, second.state)
+
+
+def test_more_programs_than_a_grid_holds_are_launched_in_parts(monkeypatch):
+    whole, parts = drawn(T=2, W=2), drawn(T=2, W=2)
+    o = whole.step("decode_triton")
+    launches, real = [], decode_triton.Launch.run
+
+    def counted(self, buffers, scalars, programs):
+        launches.append(programs)
+        real(self, buffers, scalars, programs)
+
+    monkeypatch.setattr(decode_triton.Launch, "run", counted)
+    monkeypatch.setattr(decode_triton, "GRID", 4)
+    assert torch.equal(parts.step("decode_triton"), o) and torch.equal(parts.state, whole.state)
+    assert launches == [4, 2]
+
+
+def test_a_pool_of_more_than_two_to_the_31_elements_is_addressed(tmp_path):
+    """A file with holes: 8.6 GB of addresses, of which two slots are ever touched."""
+    made, slots = drawn(N=1, K=128, V=128, HV=1), 2**31 // 128**2 + 3
+    pool = torch.from_file(str(tmp_path / "pool"), shared=True, size=slots * 128**2).view(slots, 1, 128, 128)
+    last = slots - 1
+    pool[last] = made.state[5]
+    small = made.step("decode_triton")
+    made.indices = torch.tensor([last])
+    beyond = replace(made, state=pool).step("decode_triton")
+    assert torch.equal(beyond, small) and torch.equal(pool[last], made.state[5])
+    assert not pool[last - 2**31 // 128**2].any(), "what a 32-bit offset would have hit"
+
+
+class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+    """Keep the names of all torch operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_nothing_and_allocates_nothing(monkeypatch):
+    """What a CUDA graph needs, seen by the operations that torch is asked for: the launch itself is replaced."""
+    made, out = drawn(W=4, norm="silu"), torch.empty(3, 1, 2, 5)
+    monkeypatch.setattr("impls.decode_checks._check_values", lambda *values: None)  # on a CPU only
+    monkeypatch.setattr(decode_triton.Launch, "run", lambda self, buffers, scalars, programs: None)
+    with Spy() as spy:
+        assert made.step("decode_triton", out=out) is out
+    assert not spy.seen
+
+
+def test_wrong_slots_on_a_device_are_padding(monkeypatch):
+    """Values are not read there: a kernel masks them."""
+    monkeypatch.setattr("impls.decode_checks._check_values", lambda *values: None)
+    made = drawn()
+    made.indices[1], before = 7, made.state.clone()
+    o = made.step("decode_triton")
+    assert not o[1].any() and torch.equal(made.state[[0, 1, 2, 3, 6]], before[[0, 1, 2, 3, 6]])
+
+
+REFUSED = {
+    "T = 9": ({"T": 9}, {}, "from 1 to 8 tokens"),
+    "a slot that is not there": ({}, {"ssm_state_indices": torch.tensor([0, 7, 1])}, "from -1 to 6, got 0 to 7"),
+    "a slot twice": ({}, {"ssm_state_indices": torch.tensor([1, 1, 2])}, "no slot twice"),
+    "slots of another number": ({}, {"ssm_state_indices": torch.tensor([1, 2])}, r"shape \[3\] or \[3, 1\]"),
+    "accepted without slots": ({"T": 2}, {"num_accepted_tokens": torch.ones(3).int()}, "a slot for each token"),
+    "no token accepted": (
+        {"T": 2, "N": 1},
+        {"ssm_state_indices": torch.tensor([[1, 2]]), "num_accepted_tokens": torch.tensor([0])},
+        "from 1 to 2, got 0 to 0",
+    ),
+    "too small a pool": ({"S": 2}, {"ssm_state_indices": None}, "a slot for each of N = 3"),
+    "another pool": ({}, {"final_state": torch.zeros(7, 2, 6, 5).bfloat16()}, "final_state must be like state"),
+    "another layout": ({}, {"state_v_first": True}, r"S, HV, V, K\] = \[7, 2, 5, 6\]"),
+    "another out": ({}, {"out": torch.zeros(3, 1, 2, 6)}, "out must have shape"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_what_is_wrong_is_named_and_nothing_changes(case):
+    shape, others, message = case
+    made = drawn(**shape)
+    before = made.state.clone()
+    with pytest.raises(ValueError, match=message):
+        made.step("decode_torch", **others)
+    assert torch.equal(made.state, before)
+
+
+def test_an_unknown_keyword_is_an_error():
+    with pytest.raises(TypeError, match="cu_seqlens"):
+        drawn().step("decode_torch", cu_seqlens=None)
+    with pytest.raises(KeyError, match="known: decode_triton, decode_torch"):
+        drawn().step("decode_cuda")
