@@ -132,6 +132,11 @@ def latent_cache_bytes_per_token(latent: int = 512, rope: int = 64, dtype: str =
     return (latent + rope) * _itemsize("dtype", dtype)
 
 
+def convolution_cache_bytes(N: int, channels: int, taps: int = 4, dtype: str = "bfloat16") -> int:
+    """Return the bytes of the inputs that short convolutions of so many channels keep of N sequences: constant in T."""
+    return N * (taps - 1) * channels * _itemsize("dtype", dtype)
+
+
 def _chunks(sizes: Sizes, C: int, lengths: Sequence[int] | None) -> int:
     lengths = [sizes.T] * sizes.B if lengths is None else lengths
     if sum(lengths) != sizes.B * sizes.T:

@@ -58,7 +58,7 @@ def write_random(
 
 def draw(each: Stored, config: KimiConfig, seed: int, dtype: torch.dtype) -> torch.Tensor:
     """Return a random tensor: matrices normal, norms near one, decays and steps spread as at the start of training."""
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(each.name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {each.name}".encode()))  # takes 32 bits
     leaf = each.name.removesuffix(".weight").rsplit(".", 1)[-1]
     if leaf == "A_log":
         x = torch.rand(each.shape, generator=generator).mul_(15).add_(1).log_()
