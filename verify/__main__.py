@@ -15,6 +15,7 @@ from impls.table import IMPLEMENTATIONS
 from verify import display, records, replay, session
 from verify.choice import Choice, UsageError, choose
 from verify.claims import KINDS
+from verify.models.targets import is_model
 from verify.plan import PROFILES, Plan
 from verify.properties import PROPERTIES
 from verify.recipes import DTYPES
@@ -22,7 +23,7 @@ from verify.recipes import DTYPES
 EPILOG = """\
 targets    a name from the table (--list), all, cpu (what runs there), or anybody's kernel as package.module:function
            with the signature of flash-linear-attention's chunk_kda. Default: everything in the table that runs on the
-           device.
+           device. A model, kimi_linear, alone: layer by layer, from random checkpoints, in float32 on a CPU.
 devices    cpu, cuda:N, or interpret: Triton's interpreter, which needs no GPU, with its bfloat16 mended. Default: each
            implementation on the first that it has and this machine offers, yours on cpu. interpret asks each property
            on fewer and smaller recipes, by a budget that the report names; --max-examples N asks on N recipes instead.
@@ -32,6 +33,7 @@ exit code  0 pass, 1 a property failed, 2 usage, 3 nothing ran, 4 a mutant survi
 examples   python -m verify                                           our implementations, a minute
            python -m verify mypackage.kernels:chunk_kda               yours
            python -m verify recurrent_torch --property causality,split --dtype bfloat16 --max-examples 500
+           python -m verify kimi_linear                                   the model
            python -m verify --explain causality
            python -m verify --replay verify-results/FILE.json         see a failure again
 """
@@ -131,6 +133,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(args: argparse.Namespace, console: Console) -> int:
+    if any(is_model(name) for name in args.targets):
+        return _model(args, console)
     if args.list:
         return _list(console)
     if args.explain:
@@ -145,6 +149,15 @@ def _command(args: argparse.Namespace, console: Console) -> int:
 
         return selftest.run(console, args.seed, args.json)
     return _judge(_options(args), console)
+
+
+def _model(args: argparse.Namespace, console: Console) -> int:
+    try:
+        from verify.models import command
+    except ModuleNotFoundError as error:
+        raise UsageError(f"a model needs {error.name}: install kda-forge[model]") from error
+    _check_files(args)
+    return command.run(args, console)
 
 
 def _alone(args: argparse.Namespace, mode: str, *taken: str) -> None:

@@ -33,10 +33,14 @@ def _judge(plan: Plan, lines) -> None:
     # records
     import torch
 
-    from verify import runner
+    from verify.models.targets import is_model
 
+    if is_model(plan.target):
+        from verify.models.judge import judge
+    else:
+        from verify.runner import judge
     torch.set_num_threads(1)
-    runner.judge(plan, lambda kind, **fields: records.write(lines, kind, **fields))
+    judge(plan, lambda kind, **fields: records.write(lines, kind, **fields))
 
 
 if __name__ == "__main__":
