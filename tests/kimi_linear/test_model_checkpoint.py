@@ -256,7 +256,8 @@ from pathlib import Path
 torch.set_num_threads(1)
 from kimi_linear import Checkpoint, KimiLinear
 def status(name):
-    return next(int(x.split()[1]) * 1024 for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 checkpoint = Checkpoint(sys.argv[1])
 checkpoint.problems()
 Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,99 @@
+"""The same checkpoint in transformers' Kimi Linear: equal logits over a prompt and 64 decoded tokens, equal choices."""
+
+import importlib
+import sys
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("transformers", reason="transformers is not installed (pip install transformers)")
+torch = pytest.importorskip("torch")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from kimi_linear import KimiLinear, preset, write_random  # noqa: E402
+
+MODULE = "transformers.models.kimi_linear.modeling_kimi_linear"
+RELATIVE = 1e-5
+"""Of |logits|, both in float32. Seen: 5e-6 at most."""
+PROMPT, DECODED = 70, 64  # more than one of its chunks of 64
+
+TINY = preset("tiny")
+VARIANTS = {
+    "hybrid": TINY,
+    "mla": preset("tiny", baseline="mla"),
+    "groups": replace(TINY, expert_groups=4, top_groups=2),
+    "every layer with experts": replace(TINY, dense_layers=0, shared_experts=2),
+    "scores as weights": replace(TINY, renormalize=False),
+}
+TRAPS = {
+    "eps of the latent's norm": {"latent_norm_eps": 1e-5},
+    "weights with the router's bias": {"biased_router_weights": True},
+    "a lower bound": {"lower_bound": -5.0},
+}
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """Import transformers' model with its torch functions, whatever faster ones are installed."""
+    kept = {name: sys.modules.get(name) for name in ("fla", "causal_conv1d", MODULE)}
+    sys.modules.update({"fla": None, "causal_conv1d": None})
+    sys.modules.pop(MODULE, None)
+    try:
+        yield importlib.import_module(MODULE).KimiLinearForCausalLM
+    except ImportError:
+        pytest.skip("this transformers has no Kimi Linear: 5.16 or later is needed")
+    finally:
+        sys.modules.update({name: module for name, module in kept.items() if module})
+        for name in (name for name, module in kept.items() if module is None):
+            sys.modules.pop(name, None)
+
+
+def both(theirs, config, folder):
+    """Write a random checkpoint, with latents so small that the eps of their norm counts, and read it twice."""
+    for path in write_random(config, folder, seed=5, dtype=torch.float32):
+        tensors = load_file(path)
+        for name, x in tensors.items():
+            if "kv_a_proj_with_mqa" in name:
+                x *= 0.05
+        save_file(tensors, path, metadata={"format": "pt"})
+    model, report = theirs.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    return KimiLinear.from_pretrained(folder), model.eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_transformers(theirs, tmp_path, ids, differs, variant):
+    ours, model = both(theirs, VARIANTS[variant], tmp_path)
+    ids, cache = ids(2, PROMPT), ours.cache(2, PROMPT + DECODED)
+    with torch.no_grad():
+        out = model(ids, use_cache=True)
+        assert differs(torch.stack(ours.prefill(ids, cache, logits="all")), out.logits) < RELATIVE
+        for _ in range(DECODED):
+            chosen = out.logits[:, -1].argmax(-1)
+            out = model(chosen[:, None], past_key_values=out.past_key_values, use_cache=True)
+            assert differs(ours.decode(chosen, cache), out.logits[:, -1]) < RELATIVE
+
+
+def test_greedy_ids_are_those_of_transformers(theirs, tmp_path, ids):
+    ours, model = both(theirs, TINY, tmp_path)
+    ids = ids(2, PROMPT)
+    whole = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=DECODED,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert ours.generate(ids, max_new_tokens=DECODED, stop=()) == whole[:, PROMPT:].tolist()
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_model_that_differs_in_one_setting_is_told_apart(theirs, tmp_path, ids, differs, trap):
+    _, model = both(theirs, TINY, tmp_path)
+    other = KimiLinear.from_pretrained(tmp_path, config=replace(TINY, **TRAPS[trap]))
+    with torch.no_grad():
+        expected = model(ids(1, 9)).logits[0]
+    assert differs(other.prefill(ids(1, 9), other.cache(1, 9), logits="all")[0], expected) > 10 * RELATIVE
