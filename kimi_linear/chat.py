@@ -17,19 +17,27 @@ RANGE_LIMIT = 10**5
 """Numbers that the ranges of one rendering may have, together."""
 
 
+PADDING = frozenset(("ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map"))
+"""Methods and filters that make any amount of text out of a number."""
+
+
 class ChatError(ValueError):
     """A checkpoint without a usable template, or a conversation that its template refuses."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox without products and powers that fill the memory."""
+    """The sandbox without products, powers and paddings that fill the memory."""
 
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("*", "**", "%"))
+
+    def is_safe_attribute(self, obj, attr, value) -> bool:
+        """Refuse the methods that pad text to any width, beside what the sandbox refuses."""
+        return attr not in PADDING and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context, operator, left, right):
         """Multiply numbers; repeat text and lists up to the limit."""
-        if operator == "**":
-            raise SecurityError("templates may not raise to powers")
+        if operator == "**" or (operator == "%" and isinstance(left, str | bytes)):
+            raise SecurityError("templates may neither raise to powers nor format by %")
         for whole, times in ((left, right), (right, left)):
             if hasattr(whole, "__len__") and isinstance(times, int) and len(whole) * times > TEXT_LIMIT:
                 raise SecurityError(f"templates may make at most {TEXT_LIMIT} characters")
@@ -44,6 +52,7 @@ class ChatTemplate:
         if len(source.encode()) > TEMPLATE_LIMIT:
             raise ChatError(f"expected a template of at most {TEMPLATE_LIMIT} bytes, got {len(source.encode())}")
         environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters = {name: x for name, x in environment.filters.items() if name not in PADDING | {"indent"}}
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refused
         try:

@@ -15,7 +15,7 @@ RESERVED = 256
 """Ids behind the ranks that are special, named or not."""
 PIECE_CHARS = 400_000
 RUN_CHARS = 25_000
-"""Text is cut after so many characters, and within runs of so many spaces or non-spaces: the pattern is slow on more."""
+"""Text is cut after so many characters, and in runs of so many spaces or non-spaces: the pattern is slow on more."""
 FILE_LIMIT = 64 * 2**20
 
 _UPPER, _LOWER = (rf"[{case}\p{{Lm}}\p{{Lo}}\p{{M}}&&[^\p{{Han}}]]" for case in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
