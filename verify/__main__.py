@@ -155,7 +155,7 @@ def _model(args: argparse.Namespace, console: Console) -> int:
     try:
         from verify.models import command
     except ModuleNotFoundError as error:
-        raise UsageError(f"a model needs {error.name}: install kda-forge[model]") from error
+        raise UsageError(f"a model needs {error.name.split('.')[0]}: install kda-forge[model]") from error
     _check_files(args)
     return command.run(args, console)
 

@@ -134,7 +134,7 @@ def _first_rate(x, w, settings):
 
 
 def _noisy(x, gate, up, down, calls=iter(range(1, 2**62))):  # noqa: B008 - one count for all calls
-    return _MLP(x, gate, up, down) * x.dtype.type(1 + 2.0**-23 * (next(calls) % 3))
+    return _MLP(x, gate, up, down) * x.dtype.type(1 + 2.0**-23 * (next(calls).bit_count() % 2))  # never periodic
 
 
 _RMS_NORM, _BEST, _ABSORBED, _EXPANDED = layers.rms_norm, layers._best, layers.attend_absorbed, layers.attend_expanded

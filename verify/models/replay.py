@@ -45,9 +45,10 @@ def load(path: Path) -> dict:
 def _problem(failure: object) -> str | None:
     if not isinstance(failure, dict) or failure.get("schema") != SCHEMA or failure.get("kind") != "failure":
         return f"expected a failure record of schema version {SCHEMA}"
-    errors = jsonschema.Draft202012Validator(DEFINITIONS).iter_errors(failure)
-    if error := jsonschema.exceptions.best_match(errors):
-        return f"not a failure record: {error.json_path}: {error.message}"
+    of_kind = {"$ref": "#/$defs/failure", "$defs": DEFINITIONS["$defs"]}  # its errors name fields, the whole's do not
+    for schema in (of_kind, DEFINITIONS):
+        if error := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(failure)):
+            return f"not a failure record: {error.json_path}: {error.message}"
     if "layers" not in failure["recipe"] or failure["property"] not in {p.name for p in PROPERTIES}:
         return "expected the failure of a property of a model"
     try:

@@ -57,26 +57,27 @@ class Trial:
 
     def start(self, texts: Iterable[np.ndarray], room: int = 0) -> Any:
         """Return an empty cache in which the texts fit, exactly or with room behind."""
-        texts = list(texts)
+        texts, model = list(texts), self.model
         with blame():
-            return self.model.start(len(texts), max(map(len, texts)) + room)
+            return model.start(len(texts), max(map(len, texts)) + room)
 
     def prefill(self, texts: list[np.ndarray], cache: Any) -> list[Trace]:
         """Let the model read texts at once."""
-        self.runs += 1
+        self.runs, model = self.runs + 1, self.model
         with blame():
-            return self.model.prefill(texts, cache)
+            return model.prefill(texts, cache)
 
     def decode(self, ids: Iterable[int], cache: Any) -> list[Trace]:
         """Let the model read one more token of every text."""
-        self.runs += 1
+        self.runs, model = self.runs + 1, self.model
         with blame():
-            return self.model.decode(np.asarray(list(ids)), cache)
+            return model.decode(np.asarray(list(ids)), cache)
 
     def fork(self, cache: Any) -> Any:
         """Let the model fork a cache."""
+        model = self.model
         with blame():
-            return self.model.fork(cache)
+            return model.fork(cache)
 
     def steps(self, texts: Iterable[np.ndarray], cache: Any) -> list[Trace]:
         """Let the model decode texts of one length, token by token; returns one trace of each."""
