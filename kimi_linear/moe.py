@@ -33,9 +33,10 @@ def route(scores: torch.Tensor, bias: torch.Tensor, config: KimiConfig) -> tuple
 
 
 def _within_best_groups(choice: torch.Tensor, groups: int, top: int) -> torch.Tensor:
-    """Return choice [n, E] with -inf outside of each token's `top` best groups."""
+    """Return choice [n, E] with -inf outside of each token's `top` best groups, of equals those with lower indices."""
     grouped = choice.unflatten(-1, (groups, -1))
-    best = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1).topk(top, -1).indices
+    score = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+    best = score.sort(stable=True, dim=-1, descending=True).indices[..., :top]
     kept = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=choice.device).scatter_(-1, best, True)
     return grouped.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
 
