@@ -11,7 +11,7 @@ import json
 import resource
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -42,8 +42,16 @@ class _Worker:
 class Compiler:
     """Compiles jobs side by side; a context manager, behind which no worker is left."""
 
-    def __init__(self, cache: Path, processes: int = 2, seconds: float = 60.0):
+    def __init__(
+        self,
+        cache: Path,
+        processes: int = 2,
+        seconds: float = 60.0,
+        elsewhere: Callable[[list[Job], Box], Iterator[tuple[Job, Resources | str, bool]]] | None = None,
+    ):
+        """elsewhere: compiles jobs on other machines, and yields what `_run` yields, instead of processes here."""
         self.cache, self.processes, self.seconds = cache, processes, seconds
+        self.run = elsewhere or self._run
         self.workers: list[_Worker] = []
         self.sources = provenance.kernels()
         self.compiled = self.recalled = 0
@@ -68,7 +76,8 @@ class Compiler:
                 todo.append(job)
             else:
                 found[job] = known
-        for job, result, lasting in self._run(todo, box):
+        for job, result, lasting in self.run(todo, box):
+            self.compiled += lasting
             if lasting:
                 self._keep(job, result)
             found[job] = result
@@ -110,7 +119,6 @@ class Compiler:
             worker.process.join()
             return self._drop(worker, f"the compiler ended its process with status {worker.process.exitcode}")
         worker.job = None
-        self.compiled += 1
         return job, result, True
 
     def _drop(self, worker: _Worker, reason: str) -> tuple[Job, str, bool]:

@@ -102,11 +102,19 @@ def _serve(pipe: Connection, bench: Bench, default: object) -> None:
             config, seconds = pipe.recv()
         except EOFError:
             return
-        timer.box = Box(seconds)
-        answer, goes_on = _survived(timer.watch, _outcome(timer, config))
+        answer, goes_on = measured(timer, config, seconds)
         pipe.send((answer, goes_on))
         if not goes_on:
             return
+
+
+def measured(timer: Clock, config: object, seconds: float) -> tuple[Outcome | str | None, bool]:
+    """Return what became of a configuration, None where so many seconds were too few, and whether the device answers.
+
+    Text where it does not.
+    """
+    timer.box = Box(seconds)
+    return _survived(timer.watch, _outcome(timer, config))
 
 
 def _outcome(timer: Clock, config) -> Outcome | None:

@@ -8,6 +8,7 @@ changes one field at a time to the value of the least estimate, until nothing im
 
 import argparse
 import json
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from autotune import display, provenance
+from autotune import display, fleet, provenance
 from autotune.arguments import DTYPES, fixed_of, implementation_of, problem_of, seconds_of, target_of
 from autotune.outcomes import NOTHING, PASS, UNFINISHED, UsageError
 from autotune.space import Setting, space_of, usual_of
@@ -34,6 +35,7 @@ exit code  0 ranked; 3 nothing compiles without spilling; 7 the time was over be
 
 examples   python -m autotune static --target sm_90 --shape T=8192,H=64
            python -m autotune static --op recurrent_triton --target gfx942 --dtype float32
+           python -m autotune static --target sm_90 --scheduler tcp://HOST:8786 --budget 2m
            python -m autotune static --target sm_90 --sample 100 --budget 20m
            python -m autotune static --target sm_100 --fix recompute=false --fix segments=1 --budget 10m --out x.json
 """
@@ -49,6 +51,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--fix", action="append", default=[], metavar="FIELD=VALUE", help="do not search this field")
     p.add_argument("--budget", default="5m", metavar="N[s|m]", help="time to compile in (default %(default)s)")
     p.add_argument("--processes", type=int, default=2, metavar="N", help="compilers side by side (default %(default)s)")
+    p.add_argument("--scheduler", metavar="ADDRESS", help="compile on the workers of this dask scheduler instead")
     p.add_argument("--timeout", default="60s", metavar="N[s|m]", help="of one kernel (default %(default)s)")
     drawn = "compile N random points instead of searching: what share of the space does the compiler rule out?"
     p.add_argument("--sample", type=int, default=0, metavar="N", help=drawn)
@@ -70,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
     space, box = space_of(implementation, setting, fixed), Box(budget)
     compiling, Ranking = _imported()
     cache = user_folder().with_name("compiled")
-    with compiling.Compiler(cache, args.processes, timeout) as compiler:
+    with ExitStack() as stack:
+        pool = stack.enter_context(fleet.joined(args.scheduler)) if args.scheduler else None
+        elsewhere = fleet.compiles(pool, timeout) if pool else None
+        compiler = stack.enter_context(compiling.Compiler(cache, args.processes, timeout, elsewhere))
         ranking = Ranking(space, setting, compiler, box)
         if args.sample:
             _sampled(ranking, args.sample, args.seed, page)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from autotune import clock, display, judge, provenance
+from autotune import clock, display, fleet, judge, provenance
 from autotune.measuring import Guarded
 from autotune.outcomes import BoxOver
 from autotune.replay import Recorded
@@ -19,12 +19,13 @@ from autotune.tasks import Task
 from autotune.timing import Box
 from impls import tuned
 from impls.devices import named, slug
+from verify.cluster import Pool
 from verify.session import PASS as VERIFIED
 
 WITHIN, FINALISTS = 0.10, 5
 PROFILE = "tune"
 
-Timer = clock.Clock | Guarded | Recorded
+Timer = clock.Clock | Guarded | Recorded | fleet.Fleet
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Choice:
     verdict: dict
     standings: list[clock.Standing]
     trials: int
+    ways: dict[str, int]
+    """How many trials were found in which way."""
 
     def entry(self, task: Task) -> dict:
         """Return the entry of a tuned file."""
@@ -56,6 +59,7 @@ class Choice:
                 "noise": winner.config == task.default,
                 "default": asdict(task.default),
                 "trials": self.trials,
+                "ways": self.ways,
                 "load": os.getloadavg()[0],
             },
         }
@@ -79,12 +83,18 @@ def in_use(task: Task) -> list[object]:
 
 
 @contextmanager
-def timer_of(task: Task) -> Iterator[Timer]:
-    """Give what times the task's configurations: on a CPU in this process, on a GPU in one that may be lost."""
+def timer_of(task: Task, pool: Pool | None) -> Iterator[Timer]:
+    """Give what times the task's configurations: on a CPU in this process, on a GPU in one that may be lost.
+
+    With a pool of workers elsewhere all of those do.
+    """
     if task.replay:
         yield task.replay
         return
     bench = clock.Bench(task.implementation.name, task.case, task.dtype, task.device, torch.get_num_threads())
+    if pool:
+        yield fleet.Fleet(pool, bench, task.default)
+        return
     if task.device == "cpu":
         yield clock.Clock(bench, task.default, Box(0))
         return
@@ -99,15 +109,30 @@ def searched(search: Search, timer: Timer, seconds: float, trials: int | None, p
     most = search.size if trials is None else known + trials
     with search, display.progress(page, search.size) as show:
         show("searching", known)
-        while timer.box.left and len(search.outcomes) < most and (config := search.next(timer.box.left)) is not None:
-            show(_short(config, timer), 0)
-            try:
-                outcome = timer.outcome(config)
-            except BoxOver:
-                break
+        for config, outcome in _tried(search, timer, most, lambda config: show(_short(config, timer), 0)):
             search.tell(config, outcome)
             show(_best(search), 1)
             page.print(_line(config, outcome), markup=False, highlight=False, soft_wrap=True)
+
+
+def _tried(search: Search, timer: Timer, most: int, begins: Callable) -> Iterator[tuple[object, Outcome]]:
+    """Yield configurations with what became of them: one after another, or as a fleet has them."""
+
+    def claimed(flying: int = 0) -> object | None:
+        wanted = timer.box.left and len(search.outcomes) + flying < most
+        if config := search.next(timer.box.left) if wanted else None:
+            begins(config)
+        return config
+
+    if isinstance(timer, fleet.Fleet):
+        yield from timer.outcomes(claimed)
+        return
+    while (config := claimed()) is not None:
+        try:
+            outcome = timer.outcome(config)
+        except BoxOver:
+            return
+        yield config, outcome
 
 
 def chosen(task: Task, search: Search, timer: Timer, page: Console, known: dict) -> Choice | None:
@@ -119,7 +144,7 @@ def chosen(task: Task, search: Search, timer: Timer, page: Console, known: dict)
     # what is in use comes first: within a tie it stays
     standings = timer.raced(list(dict.fromkeys((*in_use(task), *search.best(WITHIN, FINALISTS)))))
     winner, verdict = _verified(task, standings, page, known)
-    return Choice(winner, verdict, standings, len(search.outcomes)) if winner else None
+    return Choice(winner, verdict, standings, len(search.outcomes), search.ways) if winner else None
 
 
 def _verified(

@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from autotune import display, provenance, replay, screening, study, tasks, tuned_files
+from autotune import display, fleet, provenance, replay, screening, study, tasks, tuned_files
 from autotune.arguments import seconds_of
 from autotune.outcomes import FAILED, PASS, UNFINISHED, UsageError, worst
 from autotune.search import Search, forget
@@ -30,6 +30,7 @@ from autotune.tasks import Task
 from autotune.timing import Box
 from impls import tuned
 from impls.estimate import RATES
+from verify.cluster import Pool
 
 SUMMARY = "choose the configuration of an operation on this machine"
 BUDGET = "120s"
@@ -83,6 +84,7 @@ class Run:
     page: Console
     box: Box | None
     stack: ExitStack
+    pool: Pool | None
     compilers: object | None = None
     searches: dict[str, list[Search]] = field(default_factory=dict)
     verdicts: dict = field(default_factory=dict)
@@ -111,6 +113,8 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--replay", type=Path, metavar="TABLE", help=played)
     shared = "keep the trials there, for all workers that are given it: postgresql+psycopg://..., redis://..., journal:///..."
     p.add_argument("--storage", metavar="URL", help=shared)
+    measured = "measure on the workers of this dask scheduler, all at once; the race and the judge stay here"
+    p.add_argument("--scheduler", metavar="ADDRESS", help=measured)
     p.add_argument("--fresh", action="store_true", help="forget the trials of earlier runs")
     p.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
 
@@ -124,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
         tuned_files.check_writable(options.path(task))
     todo = sorted(options.tasks, key=lambda task: _has_entry(options, task))
     with ExitStack() as stack:
-        now = Run(options, page, Box(options.minutes * 60) if options.minutes else None, stack)
+        pool = stack.enter_context(fleet.joined(args.scheduler)) if args.scheduler else None
+        now = Run(options, page, Box(options.minutes * 60) if options.minutes else None, stack, pool)
         codes = set()
         while todo and now.seconds(len(todo)) >= (0 if options.seconds else LEAST):
             task = todo.pop(0)
@@ -135,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> Options:
     if args.minutes is not None and not 0 < args.minutes < 1e6:
         raise UsageError(f"--minutes must be positive, got {args.minutes:g}")
+    if args.scheduler and args.replay:
+        raise UsageError("--scheduler measures, --replay takes every time from a table: expected one of them")
     found = tasks.tasks_of(args)
     if args.record and len(found) > 1:
         raise UsageError(f"--record keeps the trials of one shape, {len(found)} are asked for")
@@ -165,7 +172,7 @@ def _tuned(task: Task, now: Run, seconds: float) -> int:
     """Tune one task and write its entry; returns the exit code."""
     options, page = now.options, now.page
     page.print(f"[bold]{escape(str(task))}", soft_wrap=True, highlight=False)
-    with study.timer_of(task) as timer:
+    with study.timer_of(task, now.pool) as timer:
         search = _search(task, now, timer)
         study.searched(search, timer, seconds, options.trials, page)
         if options.record:

@@ -8,6 +8,7 @@ this project installed, and of the same sources where that matters: what is call
 """
 
 import math
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -61,9 +62,17 @@ class Pool:
         self._topic = f"kda-forge-{uuid.uuid4().hex}"
         client.subscribe_topic(self._topic, self._begun)
 
-    def slots(self, resource: str | None = None) -> int:
-        """Return how many functions can run at once that need one of a resource; None: one for a worker."""
-        return int(sum(x["resources"].get(resource, 0) if resource else 1 for x in self._workers().values()))
+    def slots(self, resource: str | None = None, seconds: float = 0.0) -> int:
+        """Return how many functions can run at once that need one of a resource; None: one for a worker.
+
+        Where there is none it waits so many seconds for one: a worker that died comes back.
+        """
+        until = time.monotonic() + seconds
+        while True:
+            found = int(sum(x["resources"].get(resource, 0) if resource else 1 for x in self._workers().values()))
+            if found or time.monotonic() >= until:
+                return found
+            time.sleep(TICK / 10)
 
     def submit(
         self, function: Callable, *arguments, seconds: float = math.inf, resources: Mapping[str, float] | None = None
@@ -100,9 +109,13 @@ class Pool:
             Event(task.name, client=self.client).clear()
 
     def restart(self, address: str) -> None:
-        """Restart the process of a worker; one without a nanny stays as it is."""
-        with suppress(Exception):
-            self.client.restart_workers([address], timeout=VACANT, raise_for_error=False)
+        """Have the process of a worker restarted, and wait for nothing; one without a nanny stays as it is."""
+
+        def restarted() -> None:
+            with suppress(Exception):  # gone already, without a nanny, or the client has closed
+                self.client.restart_workers([address], timeout=VACANT, raise_for_error=False)
+
+        threading.Thread(target=restarted, name=f"restart {address}", daemon=True).start()
 
     def close(self) -> None:
         """Cancel what is on its way."""

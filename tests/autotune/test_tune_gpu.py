@@ -43,7 +43,7 @@ class Clock:
         return [standing(x) for x in dict.fromkeys((self.usual, *configs))]
 
 @contextmanager
-def timer_of(task):
+def timer_of(task, pool):
     yield Clock(task)
 
 for module in (tasks, study, tuned):

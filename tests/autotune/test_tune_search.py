@@ -9,7 +9,7 @@ import pytest
 
 from autotune.arguments import implementation_of, problem_of
 from autotune.outcomes import UsageError
-from autotune.search import FAILED, MEASURED, PENALTY, PRUNED, Outcome, Search
+from autotune.search import FAILED, FEW, GP, MEASURED, PENALTY, PRUNED, TPE, Outcome, Search
 from autotune.space import Setting, space_of
 from autotune.timing import Spread
 from impls.targets import TARGETS
@@ -37,7 +37,7 @@ def surface(config) -> Outcome:
 
 
 def search(tmp_path, **keywords) -> Search:
-    return Search(SPACE, tmp_path / "study.journal", "test", **keywords)
+    return Search(SPACE, tmp_path / "study.journal", "test", **({"sampler": TPE} | keywords))
 
 
 def run(found: Search, trials: int, seconds: float = 0.0) -> list:
@@ -132,7 +132,7 @@ def test_a_study_that_cannot_be_read_is_one_line(tmp_path):
 
 def test_failures_are_told_as_violated_constraints_and_never_best(tmp_path):
     found = search(tmp_path)
-    run(found, 1000)
+    run(found, 1000, seconds=1e6)
     failed = [x for x, outcome in found.outcomes.items() if outcome.status == FAILED]
     assert failed and all(outcome.value == PENALTY for x, outcome in found.outcomes.items() if x in failed)
     assert not set(failed) & set(found.best(1e9, 1000))
@@ -143,7 +143,7 @@ def test_failures_are_told_as_violated_constraints_and_never_best(tmp_path):
 
 def test_the_best_are_in_order_and_within_the_margin(tmp_path):
     found = search(tmp_path)
-    run(found, 1000)
+    run(found, 1000, seconds=1e6)
     best = found.best(0.25, 50)
     ratios = [found.outcomes[x].ratio.median for x in best]
     assert ratios == sorted(ratios) and ratios[-1] <= 1.25 * ratios[0] == 0.625
@@ -154,6 +154,26 @@ def test_the_best_are_in_order_and_within_the_margin(tmp_path):
 def test_equal_seeds_try_equal_points(tmp_path, seed):
     tried = [run(search(tmp_path / name, seed=seed), 25) for name in "ab"]
     assert tried[0] == tried[1]
+
+
+@pytest.mark.parametrize(("sampler", "installed"), [(GP, True), (TPE, False)])
+def test_beyond_the_neighbours_the_gp_proposes_where_scipy_is_installed(tmp_path, monkeypatch, sampler, installed):
+    if installed:
+        pytest.importorskip("scipy")
+    else:
+        monkeypatch.setattr("autotune.search.find_spec", lambda name: None)
+    found = search(tmp_path, sampler=None)
+    tried = run(found, 24)
+    assert len(set(tried)) == 24 and found.ways[sampler] >= 1 and set(found.ways) <= {"neighbour", sampler, "random"}
+    assert search(tmp_path).ways == found.ways
+
+
+def test_the_gp_gives_way_to_tpe_where_its_time_grows(tmp_path, monkeypatch):
+    monkeypatch.setattr("autotune.search.find_spec", lambda name: name)
+    found = search(tmp_path, sampler=None)
+    assert found._sampler == GP
+    found.outcomes = dict.fromkeys(range(FEW))
+    assert found._sampler == TPE
 
 
 def test_outcomes_survive_json():
@@ -171,7 +191,7 @@ def large(config) -> float:
 
 
 def test_a_space_of_millions_is_searched_without_listing_it(tmp_path):
-    found = Search(LARGE, tmp_path / "study.journal", "test", first=(LARGE.kind(),))
+    found = Search(LARGE, tmp_path / "study.journal", "test", first=(LARGE.kind(),), sampler=TPE)
     assert found.size > 10**6 and not found.points
     tried = []
     for _ in range(150):
@@ -188,7 +208,7 @@ def test_a_screen_rules_out_and_orders(tmp_path):
         seen.extend(configs)
         return {x: "spills" if x.intra_warps == 8 else large(x) for x in configs}
 
-    found = Search(LARGE, tmp_path / "study.journal", "test", first=(LARGE.kind(),), screen=screen)
+    found = Search(LARGE, tmp_path / "study.journal", "test", first=(LARGE.kind(),), screen=screen, sampler=TPE)
     tried = []
     for _ in range(60):
         tried.append(found.next(0.0))
