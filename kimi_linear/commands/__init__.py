@@ -1,0 +1,1 @@
+"""The commands of `python -m kimi_linear`, one module each."""
