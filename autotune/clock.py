@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -16,6 +17,7 @@ from autotune.cases import Case, draw
 from autotune.contest import relative_error
 from autotune.outcomes import BoxOver
 from autotune.paired import LEVEL, TIE, signed_rank
+from autotune.pinning import Conditions, Pinning, load, pinned
 from autotune.search import FAILED, MEASURED, WRONG, Outcome
 from autotune.timing import Box, Effort, Samples, Spread, Stopwatch, race, ratio, stopwatch
 
@@ -56,6 +58,8 @@ class Standing:
     over_default: Spread
     different: bool
     """Whether it can be told from the default."""
+    conditions: Conditions | None = None
+    """What the race ran under; None where times were recorded elsewhere."""
 
 
 class Clock:
@@ -64,6 +68,8 @@ class Clock:
     def __init__(self, bench: Bench, default: object, box: Box):
         self.bench, self.box, self.watch = bench, box, stopwatch(bench.device)
         self.usual, self.calls = default, bench.calls()
+        self.conditions: Conditions | None = None
+        """What the latest trial was timed under."""
         call = self.calls(default)
         with torch.no_grad():
             self.expected = call()
@@ -77,10 +83,7 @@ class Clock:
         try:
             if wrong := self._wrong(call(), call()):
                 return Outcome(WRONG, time.monotonic() - begun, message=wrong)
-            timed = prepared(self.watch, call)
-            samples = self._rounds(timed, FIRST)
-            if ratio(*samples).median < HOPELESS:
-                samples = self._rounds(timed, MORE)
+            samples = self._timed(prepared(self.watch, call))
         except BoxOver:
             raise
         except Exception as error:  # whatever a candidate raises is a result of the search, not its end
@@ -91,6 +94,15 @@ class Clock:
     def raced(self, configs: list) -> list[Standing]:
         """Do what `raced` does, against the default of this clock."""
         return raced(self.bench, configs, self.usual)
+
+    def _timed(self, call: Callable) -> tuple[Samples, Samples]:
+        before = load()
+        with held(self.bench) as pinning:
+            samples = self._rounds(call, FIRST)
+            if ratio(*samples).median < HOPELESS:
+                samples = self._rounds(call, MORE)
+        self.conditions = Conditions(pinning, before, load())
+        return samples
 
     def _rounds(self, call: Callable, effort: Effort) -> tuple[Samples, Samples]:
         runners = {0: call, 1: self.default}
@@ -114,6 +126,13 @@ def prepared(watch: Stopwatch, call: Callable[[], tuple]) -> Callable[[], object
     return watch.prepare(call, watch.modes[-1])[0]
 
 
+def held(bench: Bench) -> AbstractContextManager[Pinning]:
+    """Hold the threads that are timed on cores of their own. A GPU's time is its own: there the host's stay free."""
+    if bench.device == "cpu":
+        return pinned(bench.threads)
+    return contextlib.nullcontext(Pinning((), "timed by the clock of the device"))
+
+
 def raced(bench: Bench, configs: list, default: object) -> list[Standing]:
     """Time configurations and the default in common rounds in a new process; the default first, then as given.
 
@@ -133,14 +152,17 @@ def _raced(bench: Bench, configs: list, default: object, effort: Effort) -> list
             with contextlib.nullcontext() if config == default else contextlib.suppress(Exception):
                 call()
                 runners[config] = partial(watch.milliseconds, prepared(watch, call), watch.modes[-1])
-        samples, raised = race(runners, effort, Box(math.inf))
+        before = load()
+        with held(bench) as pinning:
+            samples, raised = race(runners, effort, Box(math.inf))
+    conditions = Conditions(pinning, before, load())
     if default in raised:
         raise raised[default]
     found = []
     for config in (x for x in runners if x not in raised):
         mine, theirs = samples[config], samples[default]
         different = config != default and told_apart(mine, theirs)
-        found.append(Standing(config, Spread.of(list(mine.values())), ratio(mine, theirs), different))
+        found.append(Standing(config, Spread.of(list(mine.values())), ratio(mine, theirs), different, conditions))
     return found
 
 
