@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -158,7 +159,9 @@ def _redis(url: str) -> BaseStorage:
         raise UsageError(EXPECTED) from None
 
 
+@cache
 def _database(url: str) -> BaseStorage:
+    """Open a database, once for all studies of a process: a server has connections for a hundred or so."""
     try:
         kind = make_url(url).get_backend_name()
         make_url(url).get_dialect()

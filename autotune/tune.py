@@ -46,6 +46,7 @@ examples   python -m autotune tune --op chunk_kda --tokens 4096 --heads 16 --bud
            python -m autotune tune --op chunk_kda --fix compile=false --budget 60s
            python -m autotune tune --device cuda:0 --op all --preset kimi-linear-48b --minutes 8
            python -m autotune tune --storage postgresql+psycopg://me@host/db ...     the same in every worker
+           python -m autotune tune --scheduler tcp://host:8786 ...                   on every worker of a dask cluster
            KDA_CONFIG_DIR=. python -m autotune tune --out . ...           keep the file elsewhere, and use it
 """
 
