@@ -4,7 +4,7 @@ import argparse
 import sys
 import traceback
 
-from autotune import bench, export, merge, show, space, static, tune
+from autotune import bench, export, merge, show, space, static, tune, yardstick
 from autotune.outcomes import CRASH, INTERRUPTED, USAGE, UsageError
 
 COMMANDS = {
@@ -12,6 +12,7 @@ COMMANDS = {
     "space": space,
     "static": static,
     "tune": tune,
+    "yardstick": yardstick,
     "show": show,
     "merge": merge,
     "export": export,

@@ -3,6 +3,7 @@
 from impls.configs import ChunkTorchConfig, ChunkTritonConfig, RecurrentTorchConfig, RecurrentTritonConfig
 from impls.contracts import PrecisionContract, unit_roundoff
 from impls.decode import GatedNorm, ShortConvolution, decode_kda
+from impls.dplr_ops import dplr
 from impls.ops import chunk_kda, fused_recurrent_kda, kda
 from impls.table import IMPLEMENTATIONS, Impl, chosen, find
 
@@ -19,6 +20,7 @@ __all__ = [
     "chosen",
     "chunk_kda",
     "decode_kda",
+    "dplr",
     "find",
     "fused_recurrent_kda",
     "kda",

@@ -80,6 +80,30 @@ def tree_chunk_flops(sizes: Sizes, chunk_size: int, lengths: Sequence[int] | Non
     return Flops(heads * (tree + dense), heads * (tree_scaling + dense_scaling), heads * C * K)
 
 
+def dplr_chunk_flops(sizes: Sizes, chunk_size: int, lengths: Sequence[int] | None = None) -> Flops:
+    """Return the FLOPs of the tree-chunk form of general DPLR, counted as `tree_chunk_flops` counts KDA's.
+
+    What binding a and b to k saves (section 6.2): per chunk and head, with C, K, V as there,
+
+        level s = 1, 2, .., C/2   late rows of q and b times early rows of k and a                    4 C s K
+                                  inverse, as there                                                   2 C s^2
+                                  late q, late b, early k, early a times decays, which are three      7 C K / 2
+        once                      diagonals of q k^T and q a^T                                        4 C K
+                                  b' S, q' S, k'^T v, a'^T x                                          8 C K V
+                                  A_bk v, X (..), A_qk v, A_qa x                                      8 C^2 V
+                                  q', b', k', a', scale q                                             5 C K
+                                  sums of two parts: x, o twice, S twice; the decay of S              3 C V + 3 K V
+    """
+    C, K, V = chunk_size, sizes.K, sizes.V
+    if C < 1 or C & (C - 1):
+        raise ValueError(f"chunk_size must be a power of two, got {C}")
+    heads, levels = sizes.HV * _chunks(sizes, C, lengths), C.bit_length() - 1
+    tree = 4 * C * (C - 1) * K + 2 * C * (C * C - 1) // 3
+    dense = 4 * C * K + 8 * C * K * V + 8 * C * C * V
+    scaling = levels * (7 * C * K) // 2 + 5 * C * K + 3 * C * V + 3 * K * V
+    return Flops(heads * (tree + dense), heads * scaling, heads * C * K)
+
+
 def minimal_bytes(
     sizes: Sizes,
     dtype: str = "bfloat16",
