@@ -47,6 +47,7 @@ exit code  {"; ".join(f"{code} {meaning}" for code, meaning in list(MEANINGS.ite
 
 examples   python -m autotune bench --device cuda:0 --minutes 20          all cases against all peers installed
            python -m autotune bench --device cuda:0 --cases 't8192-*' --minutes 8
+           python -m autotune bench --device cuda:0 --cases 'decode-*' --minutes 3
            python -m autotune bench --cases 'small-*' --minutes 5          the same code on the CPU
            python -m autotune bench --show results/FILE.json               print the table of a file again
 """
@@ -86,9 +87,10 @@ class Options:
         rows = (row for row in IMPLEMENTATIONS if row.form in case.forms and row.supports(**asked) is None)
         return [row for row in rows if self.listed(row)]
 
-    def peers(self) -> list[Impl]:
-        """Return the rows of other people that can run on the device."""
-        return [row for row in installed() if self.kind in row.devices and self.listed(row)]
+    def peers(self, case: Case) -> list[Impl]:
+        """Return the rows of other people that can run on the device, of the forms that a case is for."""
+        rows = (row for row in installed() if self.kind in row.devices and row.form in case.forms)
+        return [row for row in rows if self.listed(row)]
 
     def absent(self) -> list[dict[str, str]]:
         """Say who is not compared, and why."""
@@ -269,7 +271,7 @@ def _entrants(case: Case, options: Options, store: Store) -> list[Entrant]:
             refused = (RAISED, casualty)
         return Entrant(row, ours, refused)
 
-    return [entrant(row, True) for row in options.ours(case)] + [entrant(row, False) for row in options.peers()]
+    return [entrant(row, True) for row in options.ours(case)] + [entrant(row, False) for row in options.peers(case)]
 
 
 def _code(case: dict) -> int:

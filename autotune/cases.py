@@ -18,7 +18,7 @@ LOWER_BOUND = -5.0
 
 @dataclass(frozen=True)
 class Case:
-    """One prefill: sizes, packing and gate. Gates, norms and sigmoids are computed inside, as in a model."""
+    """One prefill or decode step: sizes, packing and gate. Gates, norms and sigmoids are computed inside, as in models."""
 
     name: str
     B: int
@@ -53,6 +53,7 @@ class Case:
         """Say what it is in a line."""
         packing = "" if self.lengths is None else f", packed {'+'.join(map(str, self.lengths))}"
         gate = f"gate >= {LOWER_BOUND:g}" if self.bounded else "unbounded gate"
+        gate += ", from a state" if self.initial else ""
         return f"B={self.B} T={self.T} H={self.H} K={self.K} V={self.V}{packing}, {gate}"
 
 
@@ -64,6 +65,8 @@ def _shapes() -> Iterable[Case]:
     yield Case("t1024-h4", 1, 1024, 4)
     yield Case("t65536-h16", 1, 65536, 16)
     yield Case("b4-t4096-h64", 4, 4096, 64)
+    for N in (1, 32, 256):
+        yield Case(f"decode-b{N}-h32", N, 1, 32, always=False, forms=("recurrent",), initial=True)
     yield Case("small", 1, 256, 2, 64, 64, always=False, forms=("chunk", "recurrent"))
 
 

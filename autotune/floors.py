@@ -69,10 +69,12 @@ def floor(case: Case, dtype: str, measured: dict) -> dict:
     """Return the least milliseconds a case can take, and the two terms of which that is the larger; JSON values.
 
     bytes: inputs read once, outputs written once, raw gates in `dtype`, over the copy bandwidth. flops: those inside
-    matrix products of the tree-chunk form at its cheapest chunk length, over the matrix rate in `dtype`.
+    matrix products of the tree-chunk form at its cheapest chunk length, over the matrix rate in `dtype`. For one token
+    a sequence only bytes count, a state read and a state written: nothing there is a matrix product.
     """
-    moved = costs.minimal_bytes(case.sizes, dtype, gate_dtype=dtype, final_state=True)
-    flops = min(costs.tree_chunk_flops(case.sizes, C, case.lengths).matmul for C in CHUNK_SIZES)
+    moved = costs.minimal_bytes(case.sizes, dtype, gate_dtype=dtype, initial_state=case.initial, final_state=True)
+    products = (costs.tree_chunk_flops(case.sizes, C, case.lengths).matmul for C in CHUNK_SIZES)
+    flops = 0 if case.T == 1 else min(products)
     bytes_ms = moved / measured["copy"]["bytes_per_second"] * 1e3
     flops_ms = flops / measured["matmul"][dtype]["flops_per_second"] * 1e3
     return {

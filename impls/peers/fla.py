@@ -1,4 +1,4 @@
-"""flash-linear-attention's chunk_kda (package fla-core) as rows, with and without its safe_gate.
+"""flash-linear-attention's chunk_kda (package fla-core) as rows, with and without its safe_gate, and its decode step.
 
 safe_gate computes the blocks on the diagonal with tensor cores and needs a bounded gate; without it they are computed
 token by token. Published comparisons left it off although their gates were bounded, so both are rows.
@@ -35,27 +35,39 @@ def load(safe_gate: bool) -> Callable:
     return partial(_call, chunk_kda, named.union(BEHIND_KEYWORDS), safe_gate)
 
 
-def _call(chunk_kda, known, safe_gate, q, k, v, g, beta, *, config=None, **keywords):
+def load_recurrent() -> Callable:
+    """Import fused_recurrent_kda and return it as a row's function. Raises ImportError without fla-core."""
+    from fla.ops.kda import fused_recurrent_kda
+
+    named = frozenset(inspect.signature(inspect.unwrap(fused_recurrent_kda)).parameters) - {"kwargs"}
+    return partial(_call, fused_recurrent_kda, named, None)
+
+
+def _call(function, known, safe_gate, q, k, v, g, beta, *, config=None, **keywords):
     if config is not None:
         raise ValueError(f"config must be None: FLA tunes itself, got {config!r}")
     if unknown := keywords.keys() - known:
-        raise TypeError(f"FLA's chunk_kda takes no {', '.join(sorted(unknown))}")
-    return chunk_kda(q, k, v, g, beta, **(keywords | {"safe_gate": safe_gate}))
+        raise TypeError(f"FLA's {function.__name__} takes no {', '.join(sorted(unknown))}")
+    gate = {} if safe_gate is None else {"safe_gate": safe_gate}
+    return function(q, k, v, g, beta, **(keywords | gate))
 
 
-def _row(name: str, summary: str, safe_gate: bool) -> Impl:
+def _row(name: str, summary: str, load: Callable[[], Callable], form: str = "chunk") -> Impl:
     return Impl(
         name=name,
         summary=summary,
-        form="chunk",
-        load=partial(load, safe_gate),
+        form=form,
+        load=load,
         contract=contract,
         devices=("cuda",),
         dtypes=("float32", "bfloat16", "float16"),
-        backward=True,
-        chunk_sizes=(32, 64),
+        backward=form == "chunk",
+        chunk_sizes=(32, 64) if form == "chunk" else None,
     )
 
 
-FLA = _row("fla", "FLA's chunk_kda: any gate, diagonal blocks token by token", False)
-FLA_SAFE_GATE = _row("fla_safe_gate", "FLA's chunk_kda with safe_gate: lower_bound in [-5, 0) only", True)
+FLA = _row("fla", "FLA's chunk_kda: any gate, diagonal blocks token by token", partial(load, False))
+FLA_SAFE_GATE = _row(
+    "fla_safe_gate", "FLA's chunk_kda with safe_gate: lower_bound in [-5, 0) only", partial(load, True)
+)
+FLA_RECURRENT = _row("fla_recurrent", "FLA's fused_recurrent_kda: the decode step", load_recurrent, "recurrent")

@@ -2,11 +2,14 @@
 
 from importlib.util import find_spec
 
-from impls.peers.fla import FLA, FLA_SAFE_GATE
+from impls.peers.fla import FLA, FLA_RECURRENT, FLA_SAFE_GATE
 from impls.peers.flash_kda import FLASH_KDA
 from impls.table import Impl
 
-PEERS: dict[str, tuple[Impl, ...]] = {"fla": (FLA, FLA_SAFE_GATE), "flash_kda": (FLASH_KDA,)}
+PEERS: dict[str, tuple[Impl, ...]] = {
+    "fla": (FLA, FLA_SAFE_GATE, FLA_RECURRENT),
+    "flash_kda": (FLASH_KDA,),
+}
 """Rows by the package that they need. They stay out of `impls.table`: no public op ever chooses one."""
 
 

@@ -46,7 +46,8 @@ def test_packed_lengths_fill_the_tokens():
     [
         ("small-*", 2),
         ("t1024-h4-bounded", 1),
-        ("*-unbounded", 10),
+        ("*-unbounded", 13),
+        ("decode-*-unbounded", 3),
         ("small-bounded,t65536-*", 3),
         ("t8192-*,*mixed*", 12),
     ],
@@ -98,10 +99,18 @@ def test_a_floor_is_the_larger_of_its_two_terms(case):
     found = floor(case, "bfloat16", CEILINGS)
     tokens = case.B * case.T * case.H
     inputs_and_output = 2 * tokens * (2 * case.K + 2 * case.V + case.K + 1)
-    assert found["bytes"] == inputs_and_output + 4 * case.sizes.N * case.H * case.K * case.V
+    states = 4 * case.sizes.N * case.H * case.K * case.V
+    assert found["bytes"] == inputs_and_output + (2 if case.initial else 1) * states
     assert found["flops"] <= costs.tree_chunk_flops(case.sizes, 16, case.lengths).matmul
     assert found["ms"] == max(found["bytes_ms"], found["flops_ms"])
     assert found["bytes_ms"] == pytest.approx(found["bytes"] / 4e9)
+
+
+def test_a_decode_step_reads_a_state_for_every_sequence_and_is_bound_by_bytes():
+    case = BY_NAME["decode-b32-h32-unbounded"]
+    small = draw(replace(case, B=2, H=2), "cpu", "float32")
+    assert small["initial_state"].shape == (2, 2, 128, 128) and small["q"].shape == (2, 1, 2, 128)
+    assert floor(case, "bfloat16", CEILINGS)["flops"] == 0
 
 
 def test_memory_bounds_prefill_on_a_gpu_and_arithmetic_on_a_cpu():

@@ -10,7 +10,7 @@ import torch
 
 from impls import IMPLEMENTATIONS, unit_roundoff
 from impls.peers import PEERS, installed
-from impls.peers.fla import FLA, FLA_SAFE_GATE
+from impls.peers.fla import FLA, FLA_RECURRENT, FLA_SAFE_GATE
 from impls.peers.flash_kda import FLASH_KDA
 from impls.table import Impl
 
@@ -76,7 +76,15 @@ def fla(monkeypatch):
     def dispatched(*args, **kwargs):
         return chunk_kda(*args, **kwargs)
 
-    plant(monkeypatch, "fla.ops.kda", chunk_kda=dispatched)
+    def fused_recurrent_kda(
+        q, k, v, g, beta, A_log=None, dt_bias=None, scale=None, initial_state=None, output_final_state=False,
+        use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False, use_beta_sigmoid_in_kernel=False,
+        allow_neg_eigval=False, lower_bound=None, state_v_first=False, cu_seqlens=None, **kwargs,
+    ):  # fmt: skip
+        passed.update({**locals(), **kwargs})
+        return "o", "state"
+
+    plant(monkeypatch, "fla.ops.kda", chunk_kda=dispatched, fused_recurrent_kda=fused_recurrent_kda)
     monkeypatch.setenv("FLA_FLASH_KDA", "1")
     return passed
 
@@ -104,7 +112,7 @@ def test_nothing_is_installed_here_and_nothing_is_imported_to_know_it(monkeypatc
 
 def test_an_installed_package_brings_its_rows(monkeypatch):
     monkeypatch.setattr("impls.peers.table.find_spec", lambda name: object() if name == "fla" else None)
-    assert installed() == (FLA, FLA_SAFE_GATE)
+    assert installed() == (FLA, FLA_SAFE_GATE, FLA_RECURRENT)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -126,6 +134,14 @@ def test_fla_gets_every_argument_and_its_own_safe_gate(fla, row, safe):
 def test_fla_runs_its_own_kernels_and_not_flash_kda_under_its_name(fla):
     FLA_SAFE_GATE.load()
     assert os.environ["FLA_FLASH_KDA"] == "0"
+
+
+def test_fla_s_decode_step_gets_every_argument_and_no_safe_gate(fla):
+    arguments = asked(initial_state=torch.zeros(1))
+    assert FLA_RECURRENT.load()(**arguments) == ("o", "state")
+    assert {name: fla[name] for name in arguments} == arguments and "safe_gate" not in fla
+    with pytest.raises(TypeError, match="FLA's fused_recurrent_kda takes no cu_seqlens_cpu"):
+        FLA_RECURRENT.load()(**asked(cu_seqlens_cpu=torch.zeros(2)))
 
 
 def test_fla_is_not_given_what_it_would_swallow(fla):
