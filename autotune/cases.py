@@ -18,7 +18,7 @@ LOWER_BOUND = -5.0
 
 @dataclass(frozen=True)
 class Case:
-    """One prefill or decode step: sizes, packing and gate. Gates, norms and sigmoids are computed inside, as in models."""
+    """One prefill or decode step: sizes, packing, gate. Gates, norms and sigmoids are computed inside, as in models."""
 
     name: str
     B: int

@@ -6,7 +6,8 @@ powers of two that T, the number of sequences and heads fall under; the same K, 
 row. Without such a file that of the nearest device: the same kind and capability, `generic-cpu` among CPUs. Files are
 data from strangers: bounded in size, checked against a schema, every configuration by `configs.invalid`, and those of
 Triton kernels against the device that they are to run on by `footprint.unfit`. Ranks of one job compare what they
-would read with `impls.ranks.check_same`.
+would read with `impls.ranks.check_same`. With KDA_TUNED=0 nothing is looked up: every call runs with its default, and
+the bits of a row hang on no shape.
 """
 
 import hashlib
@@ -76,7 +77,11 @@ class Found:
 
 
 def folders() -> tuple[Path, ...]:
-    """Return the folders in the order in which they are looked through."""
+    """Return the folders in the order in which they are looked through; none where KDA_TUNED is 0."""
+    if (value := os.environ.get("KDA_TUNED", "1")) == "0":
+        return ()
+    if value != "1":
+        raise ValueError(f"the environment variable KDA_TUNED must be 0 or 1, got {value!r}")
     own = os.environ.get("KDA_CONFIG_DIR")
     return (*((Path(own),) if own else ()), user_folder(), PACKAGED)
 
@@ -138,7 +143,7 @@ def config_of(implementation: str, row: dict):
 def for_call(implementation: str, device: str, shape: Shape, chunks_of: int | None = None) -> Found | None:
     """Return what `looked_up` does, for a call that is made: where no file speaks of the device it says so, once."""
     found = looked_up(implementation, device, shape, chunks_of)
-    if found is None and (implementation, device) not in _TOLD:
+    if found is None and (implementation, device) not in _TOLD and folders():
         _tell_missing(implementation, device, shape)
     return found
 

@@ -183,6 +183,17 @@ def test_where_nothing_is_tuned_one_warning_names_the_file_and_the_command(folde
     assert "python -m autotune tune --op chunk_torch --tokens 4096 --heads 16" in str(warning.message)
 
 
+def test_nothing_is_looked_up_where_the_environment_says_so(folder, monkeypatch, recwarn):
+    put(folder, file_of(entry(heads=32)))
+    monkeypatch.setenv("KDA_TUNED", "0")
+    tuned.forget()
+    assert tuned.for_call("chunk_torch", "cpu", SHAPE) is None and not recwarn.list
+    monkeypatch.setenv("KDA_TUNED", "no")
+    tuned.forget()
+    with pytest.raises(ValueError, match="KDA_TUNED must be 0 or 1, got 'no'"):
+        tuned.for_call("chunk_torch", "cpu", SHAPE)
+
+
 def test_a_file_that_knows_other_shapes_is_no_reason_to_warn(folder):
     put(folder, file_of(entry()))
     with warnings.catch_warnings():
