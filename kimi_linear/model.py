@@ -109,8 +109,10 @@ class KimiLinear(nn.Module):
     def compile_decode(self) -> "KimiLinear":
         """Run decoding steps through torch's compiler from now on, and return the model; bits change within rounding.
 
-        The first step compiles for a minute, and so does the first of another window or batch size, once.
+        The first step compiles for a minute, and so does the first of another window or batch size, once. A step runs
+        uncompiled before: a kernel that compiles itself (KDA_COMPILE=1) cannot do so while the step is compiled.
         """
+        self.decode([0], self.cache(1, 1))
         self._step = torch.compile(self.step, fullgraph=True)
         return self
 

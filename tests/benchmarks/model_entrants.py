@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,11 +21,18 @@ def ids_of(tokens: int) -> torch.Tensor:
     return torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
-def ours(folder: str) -> tuple[Callable[[int], object], Callable[[int], Callable[[], object]]]:
-    """Return prefill(T), and decode(T), which prepares a context of T tokens and returns a step."""
+Entrant = tuple[Callable[[int], object], Callable[[int], Callable[[], object]]]
+"""prefill(T), and decode(T), which prepares a context of T tokens and returns a step."""
+
+
+def ours(folder: str, compile: bool = False) -> Entrant:
+    """Load our model; compile: kernels and steps go through torch's compiler."""
+    os.environ["KDA_COMPILE"] = str(int(compile))
     from kimi_linear import KimiLinear
 
     model = KimiLinear.from_pretrained(folder)
+    if compile:
+        model.compile_decode()
 
     def decode(T: int):
         cache = model.cache(1, T + 4096)
@@ -34,8 +42,8 @@ def ours(folder: str) -> tuple[Callable[[int], object], Callable[[int], Callable
     return lambda T: model.prefill(ids_of(T), model.cache(1, T)), decode
 
 
-def theirs(folder: str) -> tuple[Callable[[int], object], Callable[[int], Callable[[], object]]]:
-    """Return the same for transformers' torch path, whatever faster kernels are installed beside it."""
+def theirs(folder: str) -> Entrant:
+    """Load transformers' model with its torch path, whatever faster kernels are installed beside it."""
     sys.modules.update({"fla": None, "causal_conv1d": None})
     from transformers import KimiLinearForCausalLM
 
@@ -51,7 +59,7 @@ def theirs(folder: str) -> tuple[Callable[[int], object], Callable[[int], Callab
     return prefill, decode
 
 
-ENTRANTS = {"ours": ours, "transformers": theirs}
+ENTRANTS = {"ours": ours, "ours compiled": partial(ours, compile=True), "transformers": theirs}
 
 
 def serve(entrant: str, folder: str) -> None:
