@@ -23,7 +23,8 @@ from verify.recipes import DTYPES
 EPILOG = """\
 targets    a name from the table (--list), all, cpu (what runs there), or anybody's kernel as package.module:function
            with the signature of flash-linear-attention's chunk_kda. Default: everything in the table that runs on the
-           device. A model, kimi_linear, alone: layer by layer, from random checkpoints, in float32 on a CPU.
+           device. A model, alone: kimi_linear, or anybody's as model:package.module:function (folder of a checkpoint ->
+           verify.models.targets.Model), layer by layer, from random checkpoints, in float32 on a CPU.
 devices    cpu, cuda:N, or interpret: Triton's interpreter, which needs no GPU, with its bfloat16 mended. Default: each
            implementation on the first that it has and this machine offers, yours on cpu. interpret asks each property
            on fewer and smaller recipes, by a budget that the report names; --max-examples N asks on N recipes instead.

@@ -165,6 +165,28 @@ INNOCENT = replace(mutants.CLEAN, name="innocent")
 LOUD = next(m for m in mutants.MUTANTS if m.name == "gated_norm_missing")
 
 
+@pytest.mark.parametrize("name", ["model:nothing", "model:", "model:json:", "model:json:no_such_loader"])
+def test_a_model_of_anybody_that_is_not_there_is_named(name):
+    with pytest.raises(targets.TargetError, match=f"{name} cannot be judged: "):
+        targets.resolve(name)
+
+
+def test_anybody_s_model_is_judged_with_the_forms_that_it_takes(here, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    source = """
+from verify.models.mutants import find
+def load(folder):
+    return find("model-mutant:clean")(folder)
+load.refuses = ("per_head", "KDA alone")
+"""
+    (tmp_path / "their_model.py").write_text(source)
+    out = ("--out", str(tmp_path), "--json", str(tmp_path / "records.jsonl"))
+    assert main(["model:their_model:load", *SMOKE, "8", *out]) == session.PASS
+    assert "UNSUPPORTED per_head, 40% of the recipes" in capsys.readouterr().out
+    met = [x["recipe"] for x in records.read(tmp_path / "records.jsonl") if x["kind"] == "case"]
+    assert len(met) == 8 and all(r["gate"] != "per_head" and "m" in r["layers"] for r in met)
+
+
 @pytest.mark.parametrize(("planted", "code", "dead"), [(LOUD, session.PASS, 1), (INNOCENT, session.SURVIVOR, 0)])
 def test_the_self_test_judges_the_judge(planted, code, dead, here, monkeypatch, tmp_path, capsys):
     suite = selftest.Suite(targets.MUTANT, mutants.CLEAN, [planted], PROPERTIES, ("float32",))

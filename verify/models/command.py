@@ -114,6 +114,8 @@ def _show(verdict: session.Verdict, out: Path, console: Console) -> None:
         console.print(display.counts(verdict, "cpu"), soft_wrap=True)
     if verdict.done and verdict.done["not_asked"]:
         console.print(display.not_asked(verdict), soft_wrap=True)
+    for axis, share in verdict.done["refused"].items() if verdict.done else ():
+        console.print(f"  [yellow]UNSUPPORTED[/] {axis}, {share}", soft_wrap=True)
     for i, failure in enumerate(verdict.failures):
         path = replay.save(out, failure)
         again = f"python -m verify {failure['target']} --replay {shlex.quote(str(path))}"

@@ -10,7 +10,7 @@ from verify import records
 from verify.claims import Property
 from verify.models import mutants, targets
 from verify.models.properties import PROPERTIES
-from verify.models.recipes import Recipe, from_json, recipes
+from verify.models.recipes import Recipe, from_json, neutral, recipes
 from verify.models.targets import Model
 from verify.models.trial import Trial
 from verify.plan import PROFILES, Plan
@@ -52,7 +52,7 @@ def judge(plan: Plan, emit: Emit) -> None:
         "target",
         target=plan.target,
         counts=tally.counts,
-        refused={},
+        refused=_refused(load, plan),
         dtypes_refused=[],
         not_asked={p.name: "no drawn case fits" for p in chosen if p.name not in tally.judged and not plan.recipe},
         budget=None,
@@ -68,8 +68,22 @@ def _loader(target: str) -> Load:
         raise TargetError(f"unknown mutant {error}") from error
 
 
+def _strategy(plan: Plan, load: Load):
+    refused = targets.refused(load)
+    return recipes(PROFILES[plan.profile].tokens).map(lambda recipe: neutral(recipe, refused))
+
+
+def _refused(load: Load, plan: Plan) -> dict[str, str]:
+    """Say of every form that a model refuses how many of a hundred recipes have it."""
+    met = [
+        drawn(recipes(PROFILES[plan.profile].tokens), number) for number in range(100 if targets.refused(load) else 0)
+    ]
+    shares = {axis: sum(neutral(recipe, [axis]) != recipe for recipe in met) for axis in targets.refused(load)}
+    return {axis: f"{share}% of the recipes" for axis, share in shares.items()}
+
+
 def _judge_drawn(plan: Plan, load: Load, chosen: list[Property], tally: Tally, emit: Emit) -> None:
-    strategy, killed = recipes(PROFILES[plan.profile].tokens), 0
+    strategy, killed = _strategy(plan, load), 0
     for number in range(plan.examples):
         recipe = drawn(strategy, _seed(plan, number))
         killed += _judge_recipe(plan, load, recipe, number, chosen, tally, emit)
@@ -155,7 +169,7 @@ def _shrunk(plan: Plan, load: Load, prop: Property, recipe: Recipe, measure: Mea
             raise _Falsified
 
     with contextlib.suppress(_Falsified):
-        draw(recipes(PROFILES[plan.profile].tokens), _seed(plan, number), meet, shrink=True)
+        draw(_strategy(plan, load), _seed(plan, number), meet, shrink=True)
     return best
 
 

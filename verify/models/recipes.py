@@ -4,7 +4,8 @@ Every field's first or smallest value is the simplest one: that is where shrinki
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 
 from hypothesis import strategies as st
 
@@ -72,6 +73,27 @@ def from_json(data: dict) -> Recipe:
         raise ValueError(f"recipe: top_k must fit into top_groups of equal groups, got {words(recipe)}")
     if recipe.top_groups > recipe.groups:
         raise ValueError(f"recipe: top_groups must be at most groups, got {words(recipe)}")
+    return recipe
+
+
+AXES = {
+    "lower_bound": lambda r: replace(r, gate="softplus") if r.gate == "lower_bound" else r,
+    "per_head": lambda r: replace(r, gate="softplus") if r.gate == "per_head" else r,
+    "full_rank_gate": lambda r: replace(r, full_rank_gate=False),
+    "full_rank_forget": lambda r: replace(r, full_rank_forget=False),
+    "plain_eps": lambda r: replace(r, plain_eps=False),
+    "biased_weights": lambda r: replace(r, biased_weights=False),
+    "no shared expert": lambda r: replace(r, shared=max(r.shared, 1)),
+    "layers from 0": lambda r: replace(r, count_from=1),
+    "KDA alone": lambda r: r if "m" in r.layers else replace(r, layers=f"{r.layers}m"),
+}
+"""Forms of the family that a model may refuse, each with the recipe's neutral form."""
+
+
+def neutral(recipe: Recipe, refused: Iterable[str]) -> Recipe:
+    """Return the recipe's neutral form along every axis that a model refuses."""
+    for axis in refused:
+        recipe = AXES[axis](recipe)
     return recipe
 
 

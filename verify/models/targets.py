@@ -6,15 +6,20 @@ Nothing here imports a model: a target is a name, and what stands behind it is i
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from verify.models.recipes import AXES
 from verify.targets import TargetError
 
 TARGETS = {"kimi_linear": "kimi_linear.verification:load"}
 """By the name on the command line, the function that loads a checkpoint: FOLDER -> Model."""
+
+FOREIGN = "model:"
+"""What the names of anybody's models begin with, before package.module:function."""
 
 MUTANT = "model-mutant:"
 """What the names of mutants begin with."""
@@ -33,10 +38,10 @@ class Trace:
 
 
 class Model(Protocol):
-    """A loaded model. What `start` and `fork` return is the model's own cache; nobody looks inside.
+    """A loaded model. Its loader may have an attribute `refuses`: forms out of `recipes.AXES` that it does not take.
 
-    Ids that are out of range, texts that do not fit and texts without a token raise ValueError, and leave the cache as
-    it was.
+    What `start` and `fork` return is the model's own cache; nobody looks inside. Ids that are out of range, texts that
+    do not fit and texts without a token raise ValueError, and leave the cache as it was.
     """
 
     def start(self, texts: int, capacity: int) -> Any:
@@ -54,13 +59,24 @@ class Model(Protocol):
 
 def is_model(target: str) -> bool:
     """Tell whether a target is a model, or a mutant of one."""
-    return target in TARGETS or target.startswith(MUTANT)
+    return target in TARGETS or target.startswith((MUTANT, FOREIGN))
 
 
 def resolve(name: str) -> Callable[[Path], Model]:
     """Return the function that loads a model from a folder. Raises TargetError where it is not there."""
-    module, _, function = TARGETS[name].partition(":")
+    place = TARGETS.get(name) or name.removeprefix(FOREIGN)
+    module, _, function = place.partition(":")
+    if not (module and function):
+        raise TargetError(f"{name} cannot be judged: expected {FOREIGN}package.module:function")
     try:
-        return getattr(importlib.import_module(module), function)
+        load = attrgetter(function)(importlib.import_module(module))
     except (ImportError, AttributeError) as error:
-        raise TargetError(f"{name} cannot be judged: {TARGETS[name]}: {error}") from error
+        raise TargetError(f"{name} cannot be judged: {place}: {error}") from error
+    if unknown := set(refused(load)) - AXES.keys():
+        raise TargetError(f"{place}.refuses must name some of {', '.join(AXES)}, got {', '.join(sorted(unknown))}")
+    return load
+
+
+def refused(load: Callable[[Path], Model]) -> tuple[str, ...]:
+    """Return the forms of the family that a model's loader does not take."""
+    return tuple(getattr(load, "refuses", ()))
