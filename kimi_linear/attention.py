@@ -10,44 +10,49 @@ import torch.nn.functional as F
 
 EXPANDED_ELEMENTS = 2**25
 """Elements of keys that are expanded at a time: 128 MiB in float32, at least one head."""
+MASK_ELEMENTS = 2**25
+"""Pairs of a token and an earlier one that are masked at a time: 128 MiB, at least one token."""
 
 
 def attend_expanded(
     q: torch.Tensor, latent: torch.Tensor, up: tuple[torch.Tensor, torch.Tensor], rank: int, scale: float
 ) -> torch.Tensor:
-    """Return o [n, H V] of the last n tokens of a sequence, causally, some heads at a time.
+    """Return o [n, H V] of the last n tokens of a sequence, causally, some heads and some tokens at a time.
 
     q [n, H, nope + shared]; latent [S, rank + shared], the last n rows the tokens' own; up: W_k [H, nope, rank] and
     W_v [H, V, rank].
     """
-    n, H, channels = q.shape
-    S, step = len(latent), max(1, EXPANDED_ELEMENTS // (len(latent) * channels))
-    mask = None if n == S else _causal(n, S, q.device)
-    o = [
-        _attend_heads(q[:, h : h + step], latent, *(x[h : h + step] for x in up), rank, scale, mask)
+    _, H, channels = q.shape
+    step = max(1, EXPANDED_ELEMENTS // (len(latent) * channels))
+    parts = [
+        _attend_heads(q[:, h : h + step], latent, *(x[h : h + step] for x in up), rank, scale)
         for h in range(0, H, step)
     ]
-    return torch.cat(o, 1).flatten(1)
+    return torch.cat(parts, 1).flatten(1)
 
 
-def _attend_heads(q, latent, W_k, W_v, rank: int, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
+def _attend_heads(q: torch.Tensor, latent: torch.Tensor, W_k, W_v, rank: int, scale: float) -> torch.Tensor:
     """Return o [n, heads, V] of some heads; keys and values of one width, or torch would store all scores."""
-    H, V, S = len(W_k), W_v.shape[1], len(latent)
-    wide = max(q.shape[2], V)
-    c, shared = latent[:, :rank], latent[:, rank:]
-    k, v = latent.new_zeros(H, S, wide), latent.new_zeros(H, S, wide)
-    nope = W_k.shape[1]
-    k[..., :nope] = torch.matmul(c, W_k.mT)
-    k[..., nope : q.shape[2]] = shared
-    v[..., :V] = torch.matmul(c, W_v.mT)
-    q = F.pad(q, (0, wide - q.shape[2])).transpose(0, 1)
-    o = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale)
-    return o[0, ..., :V].transpose(0, 1)
+    n, H, channels = q.shape
+    nope, V, S = W_k.shape[1], W_v.shape[1], len(latent)
+    k, v = latent.new_zeros(2, H, S, max(channels, V))
+    k[..., :nope] = torch.matmul(latent[:, :rank], W_k.mT)
+    k[..., nope:channels] = latent[:, rank:]
+    v[..., :V] = torch.matmul(latent[:, :rank], W_v.mT)
+    q = F.pad(q, (0, k.shape[2] - channels)).transpose(0, 1)
+    rows = n if n == S else max(1, MASK_ELEMENTS // S)
+    parts = []
+    for first in range(0, n, rows):
+        own, seen = q[:, first : first + rows], S - n + min(first + rows, n)
+        parts.append(_causal(own[None], k[None, :, :seen], v[None, :, :seen], scale)[0, ..., :V])
+    return torch.cat(parts, 1).transpose(0, 1)
 
 
-def _causal(n: int, S: int, device: torch.device) -> torch.Tensor:
-    """Return which of S tokens each of the last n sees [n, S]."""
-    return torch.ones(n, S, dtype=torch.bool, device=device).tril(S - n)
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return the attention of the last tokens q [1, H, n, C] of k and v [1, H, S, C], each to all before it."""
+    n, S = q.shape[2], k.shape[2]
+    mask = None if n == S else torch.ones(n, S, dtype=torch.bool, device=q.device).tril(S - n)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
 
 
 def attend_absorbed(

@@ -53,29 +53,37 @@ def load(path: Path, config: KimiConfig, device) -> Cache:
         raise CacheError(f"{path}: expected a file written by Cache.save, got {error}") from error
     if not isinstance(about, dict) or about.get("schema") != SCHEMA:
         raise CacheError(f"{path}: expected a cache of schema {SCHEMA}")
-    if about["model"] != _shaping(config):
-        raise CacheError(f"{path}: expected a cache of {_shaping(config)}, got one of {about['model']}")
-    return _restored(path, config, device, about, tensors)
-
-
-def _restored(path: Path, config: KimiConfig, device, about: dict, tensors: dict[str, torch.Tensor]) -> Cache:
-    lengths = tuple(about["lengths"])
-    cache = Cache(
-        config,
-        len(lengths),
-        about["capacity"],
-        boundary=about["boundary"],
-        dtype=getattr(torch, about["dtype"]),
-        device=device,
-    )
+    if about.get("model") != _shaping(config):
+        raise CacheError(f"{path}: expected a cache of {_shaping(config)}, got one of {about.get('model')}")
+    cache, lengths = _empty(path, config, device, about)
+    longest = max(lengths)
     for i, latents in enumerate(cache.latents):
-        stored = _taken(path, tensors, f"latents.{i}", latents[:, : max(lengths)])
-        latents[:, : max(lengths)] = stored
-    for row, length in {tuple(map(int, name.split(".")[1:3])) for name in tensors if name.startswith("kept.")}:
+        latents[:, :longest] = _taken(path, tensors, f"latents.{i}", latents[:, :longest])
+    for row, length in _kept(path, tensors, lengths):
         one = cache.live.mapped(lambda x: x[:1])
         cache.kept[row][length] = _live(path, tensors, f"kept.{row}.{length}", one, (length,))
     cache.live = _live(path, tensors, "live", cache.live, lengths)
     return cache
+
+
+def _empty(path: Path, config: KimiConfig, device, about: dict) -> tuple[Cache, tuple[int, ...]]:
+    """Return an empty cache of the sizes that a file names, and the lengths."""
+    try:
+        lengths, dtype = tuple(map(int, about["lengths"])), getattr(torch, about["dtype"])
+        cache = Cache(config, len(lengths), about["capacity"], boundary=about["boundary"], dtype=dtype, device=device)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CacheError(f"{path}: expected sizes of a cache, got {error!r}") from error
+    if not all(0 <= length <= cache.capacity for length in lengths):
+        raise CacheError(f"{path}: lengths must be from 0 to the capacity {cache.capacity}, got {lengths}")
+    return cache, lengths
+
+
+def _kept(path: Path, tensors: dict[str, torch.Tensor], lengths: tuple[int, ...]) -> set[tuple[int, int]]:
+    """Return sequence and length of everything that was kept at boundaries."""
+    parts = [name.split(".") for name in tensors if name.startswith("kept.")]
+    if not all(len(x) == 5 and x[1].isdecimal() and x[2].isdecimal() and int(x[1]) < len(lengths) for x in parts):
+        raise CacheError(f"{path}: expected names kept.SEQUENCE.LENGTH.KIND.LAYER")
+    return {(int(x[1]), int(x[2])) for x in parts}
 
 
 def _live(path: Path, tensors: dict, prefix: str, like: Live, lengths: tuple[int, ...]) -> Live:

@@ -1,5 +1,6 @@
 """The cache: its size is the definition's, its copies are its own, and what interrupts a step leaves it whole."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -152,16 +153,33 @@ def test_the_file_of_another_model_is_refused(model, tmp_path):
         Cache.load(tmp_path / "a.safetensors", replace(model.config, kda_heads=2))
 
 
-def test_a_file_without_a_tensor_is_refused(model, tmp_path):
+DAMAGE = {
+    "a tensor less": (lambda x, about: x.pop("latents.0"), "latents.0 must be .* got nothing"),
+    "another shape": (lambda x, about: x.update({"live.states.0": torch.zeros(1)}), "live.states.0 must be"),
+    "another dtype": (
+        lambda x, about: x.update({"live.inputs.1": x["live.inputs.1"].double()}),
+        "live.inputs.1 must be",
+    ),
+    "a strange name": (lambda x, about: x.update({"kept.7.x": torch.zeros(1)}), "expected names kept"),
+    "no lengths": (lambda x, about: about.pop("lengths"), "expected sizes of a cache"),
+    "too long": (lambda x, about: about.update(lengths=[9]), "lengths must be from 0 to the capacity 8"),
+    "no capacity": (lambda x, about: about.update(capacity=0), "expected sizes of a cache"),
+    "a strange dtype": (lambda x, about: about.update(dtype="x"), "expected sizes of a cache"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_refused(model, tmp_path, name):
+    change, message = DAMAGE[name]
     path, cache = tmp_path / "a.safetensors", model.cache(1, 8)
     model.prefill([[1, 2, 3]], cache)
     cache.save(path)
     with safe_open(path, framework="pt") as file:
-        about = file.metadata()
+        about = json.loads(file.metadata()["kimi_linear.cache"])
     stored = load_file(path)
-    del stored["latents.0"]
-    save_file(stored, path, metadata=about)
-    with pytest.raises(CacheError, match="latents.0 must be .* got nothing"):
+    change(stored, about)
+    save_file(stored, path, metadata={"kimi_linear.cache": json.dumps(about)})
+    with pytest.raises(CacheError, match=message):
         Cache.load(path, model.config)
 
 

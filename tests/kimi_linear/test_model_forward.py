@@ -102,11 +102,13 @@ def test_absorbed_attention_is_expanded_attention(differs):
         assert differs(attend_absorbed(q[t : t + 1], latent[None], mask, (W_k, W_v), 16, 0.3)[0], expanded[t]) < 1e-14
 
 
-def test_keys_are_expanded_some_heads_at_a_time(monkeypatch, differs):
+@pytest.mark.parametrize("limit", ["EXPANDED_ELEMENTS", "MASK_ELEMENTS"])
+@pytest.mark.parametrize("tokens", [4, 9])
+def test_keys_are_expanded_and_masked_some_at_a_time(monkeypatch, differs, limit, tokens):
     draw = torch.Generator().manual_seed(0)
-    args = [torch.randn(shape, generator=draw) for shape in ((9, 3, 12), (9, 20), (3, 8, 16), (3, 6, 16))]
+    args = [torch.randn(shape, generator=draw) for shape in ((tokens, 3, 12), (9, 20), (3, 8, 16), (3, 6, 16))]
     whole = attend_expanded(*args[:2], args[2:], 16, 0.3)
-    monkeypatch.setattr("kimi_linear.attention.EXPANDED_ELEMENTS", 1)
+    monkeypatch.setattr(f"kimi_linear.attention.{limit}", 1)
     assert differs(attend_expanded(*args[:2], args[2:], 16, 0.3), whole) < 1e-6
 
 
