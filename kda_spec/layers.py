@@ -230,7 +230,7 @@ def route(x, w: Tensors, settings: MoeSettings) -> Routing:
     """Choose a token's experts and their weights (DeepSeek-V3, section 2.1.2), x [..., D].
 
     s       = sigmoid(W x)                    one score per expert
-    choice  = s + bias                        the bias decides who is taken, not how much of him
+    choice  = s + bias                        the bias decides what is taken, not how much of it
     groups  : only experts of the best groups, by the sum of their two best choices
     experts : the best top_k by choice, of equals the one with the lower index
     weights = scaling * s / (sum s + 1e-20)   the sum over the chosen; not divided unless renormalise
