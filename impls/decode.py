@@ -132,6 +132,7 @@ def decode_kda(
     """
     check_inputs(q, k, v, g, beta)
     call = checked(q, k, v, g, beta, chunk_size=1, **checks.known(keywords))
+    checks.check_inference((q, k, v, g, beta, state, call.A_log, call.dt_bias))
     checks.check_step(q, v, state, final_state, call.state_v_first)
     checks.check_slots(q, state, ssm_state_indices, num_accepted_tokens)
     checks.check_convolution(q, v, state, convolution)

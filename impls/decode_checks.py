@@ -2,7 +2,7 @@
 
 import torch
 
-from impls.checks import check_device, check_dtype, check_shape, check_tensor
+from impls.checks import check_device, check_dtype, check_shape, check_tensor, wants_gradient
 
 KEYWORDS = (
     "scale", "A_log", "dt_bias", "lower_bound", "use_qk_l2norm_in_kernel", "use_gate_in_kernel",
@@ -27,6 +27,12 @@ def known(keywords: dict) -> dict:
 def _contiguous(name: str, x: torch.Tensor) -> None:
     if not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous, since it is written in place, got strides {list(x.stride())}")
+
+
+def check_inference(tensors) -> None:
+    """Refuse inputs that autograd would differentiate by: a step writes its states in place."""
+    if wants_gradient(tensors):
+        raise ValueError("decode_kda is not differentiable: expected torch.no_grad() or inputs that need no gradient")
 
 
 def check_step(q, v, state, final_state, v_first: bool) -> None:

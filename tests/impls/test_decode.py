@@ -13,6 +13,8 @@ from impls.decode import STEPS, GatedNorm, ShortConvolution, decode_kda
 from kda_spec import gates
 from kda_spec.layers import rms_norm, short_convolution, sigmoid, silu
 from kda_spec.types import Inputs
+from verify.__main__ import main
+from verify.session import PASS
 
 FLOAT32 = 4.8e-7
 """Twice the worst relative error of a whole tensor of the recurrent kernels in tests/impls/test_triton_reference.py."""
@@ -318,3 +320,11 @@ def test_an_unknown_keyword_is_an_error():
         drawn().step("decode_torch", cu_seqlens=None)
     with pytest.raises(KeyError, match="known: decode_triton, decode_torch"):
         drawn().step("decode_cuda")
+
+
+@pytest.mark.parametrize("arguments", [["by_torch"], ["by_triton", "--device", "interpret"]], ids=lambda x: x[0])
+def test_the_judge_of_recurrences_finds_nothing_in_steps(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    name, *device = arguments
+    assert main([f"impls.decode_steps:{name}", "--profile", "smoke", *device]) == PASS
+    assert "no counterexample" in capfd.readouterr().out
