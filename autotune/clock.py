@@ -88,8 +88,8 @@ class Clock:
             raise
         except Exception as error:  # whatever a candidate raises is a result of the search, not its end
             return Outcome(FAILED, time.monotonic() - begun, message=f"{type(error).__name__}: {error}"[:500])
-        mine, _ = samples
-        return Outcome(MEASURED, time.monotonic() - begun, ratio(*samples), Spread.of(list(mine.values())))
+        mine, under = Spread.of(list(samples[0].values())), self.conditions.to_json()
+        return Outcome(MEASURED, time.monotonic() - begun, ratio(*samples), mine, conditions=under)
 
     def raced(self, configs: list) -> list[Standing]:
         """Do what `raced` does, against the default of this clock."""

@@ -66,6 +66,8 @@ class Outcome:
     """Time over that of the default in the same rounds."""
     ms: Spread | None = None
     message: str | None = None
+    conditions: dict | None = None
+    """Where the threads were held while it was timed, and the load of the machine before and after."""
 
     @property
     def value(self) -> float:

@@ -1,6 +1,5 @@
 """Choose the configuration of one task: search, race the quickest, have the winner judged, say what became of it."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from rich.markup import escape
 from autotune import clock, display, fleet, judge, provenance
 from autotune.measuring import Guarded
 from autotune.outcomes import BoxOver
+from autotune.pinning import load
 from autotune.replay import Recorded
 from autotune.search import MEASURED, Outcome, Search
 from autotune.tasks import Task
@@ -60,7 +60,8 @@ class Choice:
                 "default": asdict(task.default),
                 "trials": self.trials,
                 "ways": self.ways,
-                "load": os.getloadavg()[0],
+                "load": load(),
+                "conditions": winner.conditions.to_json() if winner.conditions else None,
             },
         }
 

@@ -1,18 +1,21 @@
 """Threads are held on cores of their own while something is timed, nothing else is, and the reason why not is told."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from autotune import clock, pinning
 from autotune.cases import Case
 from autotune.clock import Bench, Clock, raced
 from autotune.pinning import Conditions, Pinning, Unpinnable, pinned, places
+from autotune.search import Outcome
 from autotune.timing import Box, Effort
-from impls import ChunkTorchConfig
+from impls import ChunkTorchConfig, tuned
 
 LINUX = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no sched_setaffinity")
 TWO = pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="one CPU")
@@ -122,9 +125,10 @@ def test_a_trial_is_timed_held_and_compiled_free(monkeypatch):
 
     timer.calls = lambda config: watched("called", calls(config))
     monkeypatch.setattr(timer.watch, "milliseconds", watched("timed", milliseconds))
-    timer.outcome(ChunkTorchConfig(chunk_size=32))
+    outcome = timer.outcome(ChunkTorchConfig(chunk_size=32))
     (cpus,) = seen["timed"]
-    assert cpus == set(timer.conditions.pinning.cpus) and len(cpus) == 1
+    assert cpus == set(outcome.conditions["cpus"]) and len(cpus) == 1
+    assert Outcome.from_json(json.loads(json.dumps(outcome.to_json()))) == outcome
     assert frozenset(before) in seen["called"] and os.sched_getaffinity(0) == before
 
 
@@ -134,6 +138,18 @@ def test_a_race_says_what_it_ran_under(monkeypatch):
     told = standing.conditions.to_json()
     assert len(told["cpus"]) == 1 or told["unpinned"]
     assert told["load_before"] is None or told["load_before"] >= 0 and told["load_after"] >= 0
+
+
+@pytest.mark.parametrize(
+    "change, wrong",
+    [({}, False), ({"cpus": "all"}, True), ({"load_after": None}, False), ({"more": 1}, True)],
+    ids=["as told", "cpus in words", "no load", "unknown field"],
+)
+def test_an_entry_of_a_tuned_file_keeps_the_conditions(change, wrong):
+    schema = json.loads(Path(tuned.__file__).with_name("tuned.schema.json").read_text())
+    of_timing = {"$ref": "#/$defs/entry/properties/timing/properties/conditions", "$defs": schema["$defs"]}
+    told = Conditions(Pinning((1, 0), None), 0.5, 1.5).to_json() | change
+    assert bool(list(jsonschema.Draft202012Validator(of_timing).iter_errors(told))) == wrong
 
 
 def test_threads_of_the_host_stay_free_where_a_device_is_timed():
