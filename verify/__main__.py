@@ -249,6 +249,7 @@ def _judge(options: Options, console: Console) -> int:
             records.write(
                 stream,
                 "run",
+                date=records.now(),
                 versions=records.versions(),
                 device=options.device or "default",
                 profile=options.profile,

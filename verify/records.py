@@ -9,6 +9,7 @@ file is the JSON Schema of a line.
 import json
 import math
 import platform
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TextIO
@@ -31,6 +32,11 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return named
+
+
+def now() -> str:
+    """Return the date and time, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def number(x: float) -> float | str:

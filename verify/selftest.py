@@ -106,4 +106,5 @@ def _record(path: Path | None, suite: Suite, verdicts: dict[str, session.Verdict
         return
     with path.open("w") as stream:
         matrix = {target.removeprefix(suite.prefix): suite.killers(v) for target, v in verdicts.items()}
-        records.write(stream, "self-test", versions=records.versions(), matrix=matrix, control=suite.killers(control))
+        about = {"date": records.now(), "versions": records.versions()}
+        records.write(stream, "self-test", **about, matrix=matrix, control=suite.killers(control))
