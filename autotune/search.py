@@ -243,13 +243,9 @@ class Search:
     def _drawn(self) -> object | None:
         """Return a random point; None where many draws found none."""
         draw = random.Random(f"{self.seed} {len(self.outcomes)} {len(self.busy)}")
-        if self.points:
-            return self._screened([draw.choice(self.left)])
-        for _ in range(DRAWS):
-            config = self._config({name: draw.randrange(len(x)) for name, x in self.values.items()})
-            if self.unknown(config) and self._screened([config]):
-                return config
-        return None
+        drawn = ({name: draw.randrange(len(x)) for name, x in self.values.items()} for _ in range(DRAWS))
+        configs = draw.sample(self.left, len(self.left)) if self.points else map(self._config, drawn)
+        return next((x for x in configs if self.unknown(x) and self._screened([x])), None)
 
     def _finished(self, config, outcome: Outcome) -> FrozenTrial:
         failed = {"failed": float(outcome.status != MEASURED)}

@@ -201,6 +201,13 @@ def test_a_space_of_millions_is_searched_without_listing_it(tmp_path):
     assert found.outcomes[found.best(0, 1)[0]].ratio.median == pytest.approx(1.1)
 
 
+def test_what_is_ruled_out_does_not_end_the_search(tmp_path):
+    found = search(tmp_path, screen=lambda configs: {x: "spills" if x.chunk_size < 128 else 1.0 for x in configs})
+    tried = run(found, 1000)
+    assert set(tried) == {x for x in SPACE.points() if x.chunk_size == 128}
+    assert set(found.outcomes) == set(SPACE.points())
+
+
 def test_a_screen_rules_out_and_orders(tmp_path):
     seen = []
 
