@@ -35,6 +35,7 @@ from autotune.outcomes import (
 )
 from autotune.store import Store, read
 from autotune.timing import Box, Stopwatch, stopwatch
+from impls.decode_steps import ROWS as STEPS
 from impls.devices import slug
 from impls.peers import PEERS, installed
 from impls.table import IMPLEMENTATIONS, Impl
@@ -84,7 +85,8 @@ class Options:
     def ours(self, case: Case) -> list[Impl]:
         """Return the rows of ours that a case is for."""
         asked = {"device": self.kind, "dtype": self.dtype, "K": case.K, "V": case.V}
-        rows = (row for row in IMPLEMENTATIONS if row.form in case.forms and row.supports(**asked) is None)
+        rows = (*IMPLEMENTATIONS, *STEPS) if case.initial else IMPLEMENTATIONS
+        rows = (row for row in rows if row.form in case.forms and row.supports(**asked) is None)
         return [row for row in rows if self.listed(row)]
 
     def peers(self, case: Case) -> list[Impl]:
@@ -162,7 +164,7 @@ def _options(args: argparse.Namespace) -> Options:
 def _names(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
-    known = [row.name for row in (*IMPLEMENTATIONS, *(row for rows in PEERS.values() for row in rows))]
+    known = [row.name for row in (*IMPLEMENTATIONS, *STEPS, *(row for rows in PEERS.values() for row in rows))]
     names = tuple(x for x in text.split(",") if x)
     if unknown := [x for x in names or [text] if x not in known]:
         raise UsageError(f"--implementations {', '.join(unknown)}: known are {', '.join(known)}")
@@ -299,7 +301,7 @@ def _list(page: Console) -> int:
     page.print("[bold]implementations")
     here = {row.name for row in installed()}
     peers = [(row, "" if row.name in here else "; not installed") for rows in PEERS.values() for row in rows]
-    for row, apart in [*((row, "") for row in IMPLEMENTATIONS), *peers]:
+    for row, apart in [*((row, "") for row in (*IMPLEMENTATIONS, *STEPS)), *peers]:
         text = f"  {row.name:18} {', '.join(row.devices):16} {row.summary}{apart}"
         page.print(text, markup=False, highlight=False, soft_wrap=True)
     return PASS
