@@ -127,7 +127,8 @@ class Cache:
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens of every sequence: 0, or a boundary that each has kept.
 
-        A state cannot be taken back token by token. CacheError, with the lengths there are, for any other.
+        A state cannot be taken back token by token: any length will do only where all layers are MLA. CacheError, with
+        the lengths there are, for any other.
         """
         found = [self._at(row, length) for row in range(self.batch)]
         join = [torch.cat(x) for x in zip(*(live.tensors() for live in found), strict=True)]
@@ -143,6 +144,8 @@ class Cache:
             return self.live.mapped(lambda x: x[row : row + 1])
         if length == 0:
             return self.live.mapped(lambda x: torch.zeros_like(x[:1]))
+        if not self.live.states and 0 < length < self.lengths[row]:
+            return self.live
         if length not in self.kept[row] or length > self.lengths[row]:
             there = sorted({0, self.lengths[row], *self.kept[row]})
             raise CacheError(

@@ -127,7 +127,7 @@ class KimiConfig:
     def from_json(cls, data: dict) -> "KimiConfig":
         """Return the configuration that the object of a config.json describes; ConfigError where there is none."""
         _refuse_unsupported(data)
-        values = {}
+        values, data = {}, {"dtype": data.get("torch_dtype")} | data  # its name until transformers 4.56
         for each in fields(cls):
             key = each.metadata.get("key")
             if key and (found := _found(data, key)) is not None:

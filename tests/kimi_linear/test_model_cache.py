@@ -104,6 +104,18 @@ def test_unequal_sequences_are_truncated_together(model):
     assert cache.lengths == (0, 0) and not any(x.any() for x in cache.live.tensors())
 
 
+def test_latents_alone_are_truncated_anywhere(ids):
+    model = random_model(preset("tiny", baseline="mla"), dtype=torch.float64)
+    cache, fresh = model.cache(2, 20), model.cache(2, 20)
+    model.prefill(ids(2, 12), cache)
+    cache.truncate(7)
+    model.prefill(ids(2, 12)[:, :7], fresh)
+    assert cache.lengths == (7, 7)
+    assert torch.allclose(model.decode([1, 2], cache), model.decode([1, 2], fresh), rtol=1e-12)
+    with pytest.raises(CacheError, match="not to 9"):
+        cache.truncate(9)
+
+
 @pytest.mark.parametrize(("length", "boundary"), [(7, 8), (24, 8), (-1, 8), (8, None), (11, None)])
 def test_a_length_without_states_is_refused(model, length, boundary):
     cache = model.cache(1, 40, boundary=boundary)

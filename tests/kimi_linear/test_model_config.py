@@ -111,6 +111,11 @@ def test_what_the_model_cannot_be_is_refused(name):
         KimiConfig.from_json(changed(**keys))
 
 
+def test_the_dtype_may_have_its_old_name():
+    old = {key: value for key, value in RELEASED.items() if key != "dtype"} | {"torch_dtype": "float16"}
+    assert KimiConfig.from_json(old).dtype == "float16"
+
+
 def test_missing_keys_are_named_together():
     data = {key: value for key, value in RELEASED.items() if key not in ("hidden_size", "num_experts")}
     with pytest.raises(ConfigError, match="missing keys: hidden_size, num_experts"):
