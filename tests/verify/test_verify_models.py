@@ -26,6 +26,7 @@ BOTH = Recipe(
 )  # fmt: skip
 TIED = replace(BOTH, router="all_tied", groups=2)
 GROUPED = replace(BOTH, experts=9, groups=3, top_groups=1, router="even", prompts=(33,))
+CUT = replace(BOTH, boundary=3)
 BY_NAME = {prop.name: prop for prop in PROPERTIES}
 
 KILLED = [
@@ -54,6 +55,8 @@ KILLED = [
     ("last_of_equals", "router_ties", TIED),
     ("fork_loses_a_token", "fork", BOTH),
     ("fork_is_the_same", "fork", BOTH),
+    ("truncated_without_states", "truncate", CUT),
+    ("states_of_the_boundary_before", "truncate", CUT),
     ("texts_swap_states", "batching", BOTH),
     ("padding_is_remembered", "padding", BOTH),
     ("ids_wrap_around", "refusal", BOTH),
@@ -80,7 +83,7 @@ def test_every_mutant_and_every_property_is_in_the_table():
     assert {row[1] for row in KILLED} == set(BY_NAME)
 
 
-@pytest.mark.parametrize("recipe", [BOTH, TIED, GROUPED], ids=["both", "tied", "grouped"])
+@pytest.mark.parametrize("recipe", [BOTH, TIED, GROUPED, CUT], ids=["both", "tied", "grouped", "cut"])
 def test_the_definition_in_float32_passes_every_property(recipe):
     trial = Trial(mutants.find(targets.MUTANT + "clean"), recipe)
     for prop in PROPERTIES:

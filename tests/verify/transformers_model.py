@@ -17,7 +17,7 @@ class Traced:
 
     refuses = (
         "lower_bound", "per_head", "full_rank_gate", "full_rank_forget", "plain_eps", "biased_weights",
-        "no shared expert", "layers from 0", "KDA alone",
+        "no shared expert", "layers from 0", "truncate", "KDA alone",
     )  # fmt: skip
 
     def __init__(self, folder: Path):
@@ -25,7 +25,7 @@ class Traced:
 
         self.model = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
-    def start(self, texts: int, capacity: int) -> list:
+    def start(self, texts: int, capacity: int, boundary: int) -> list:
         from transformers import DynamicCache
 
         return [DynamicCache(config=self.model.config) for _ in range(texts)]

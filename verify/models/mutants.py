@@ -73,7 +73,7 @@ def _without_tails(before: KdaState, after: KdaState, tokens: int) -> KdaState:
 def _fork_without_last(cache: Cache) -> Cache:
     """Lose the last latent of every text: an end that is taken for the index of the last token."""
     drop = _states(MlaState, lambda before, after, tokens: MlaState(after.latent[:, :-1], after.key[:, :-1]))
-    return Cache([drop(memory, memory, 0) for memory in cache.memories], list(cache.lengths), cache.capacity)
+    return replace(cache.copy(), memories=[drop(memory, memory, 0) for memory in cache.memories])
 
 
 def _forget(cache: Cache) -> None:
@@ -204,6 +204,22 @@ MUTANTS = (
     Mutant("last_of_equals", "a top-k that takes equals from the end", _everywhere(_best=_last_of_equals)),
     Mutant("fork_loses_a_token", "a fork ends one token early", Change(fork=_fork_without_last)),
     Mutant("fork_is_the_same", "a fork shares what it was forked from", Change(fork=lambda cache: cache)),
+    Mutant(
+        "truncated_without_states",
+        "a prefix cache that cuts latents and leaves states (sglang#30243)",
+        Change(
+            restore=lambda kept, now: tuple(n if isinstance(n, KdaState) else k for k, n in zip(kept, now, strict=True))
+        ),
+    ),
+    Mutant(
+        "states_of_the_boundary_before",
+        "a prefix cache with states of another boundary (sglang#31474)",
+        Change(
+            keep=lambda before, now: tuple(
+                b if isinstance(b, KdaState) else n for b, n in zip(before, now, strict=True)
+            )
+        ),
+    ),
     Mutant("texts_swap_states", "a batch's rows in another order than its states", Change(mix=lambda x: x[1:] + x[:1])),
     Mutant("padding_is_remembered", "shorter texts are filled up, and remember it", Change(pad=True)),
     Mutant("ids_wrap_around", "ids are not checked", Change(checks=False)),

@@ -138,6 +138,25 @@ def fork(trial: Trial) -> Iterator[Measure]:
             yield from trial.agree(f"text {i}, {name}", text, joined([part[i] for part in parts[name]]), len(prompt))
 
 
+@claim("tolerance", _and(lambda trial: trial.recipe.boundary > 0))
+def truncate(trial: Trial) -> Iterator[Measure]:
+    """A cache that is cut back to a boundary goes on as if what stood behind had never been read.
+
+    Would have caught: prefix caches that restore latents and not states, or states of another boundary (sglang#26575,
+    #30243, #31474, llama.cpp#25913, vllm#53912).
+    """
+    texts, boundary = trial.texts, trial.recipe.boundary
+    cache = trial.start(texts, trial.recipe.tail, boundary)
+    trial.prefill(trial.prompts, cache)
+    trial.steps([text[len(text) - trial.recipe.tail :] for text in texts], cache)
+    kept = boundary * Dice(trial.recipe.seed, "kept", boundary).integer(0, min(map(len, texts)) // boundary + 1)
+    trial.truncate(cache, kept)
+    others = [text[: trial.recipe.tail] for text in texts_of(trial.recipe, "other")]
+    for i, got in enumerate(trial.prefill(others, cache)):
+        own = np.concatenate([texts[i][:kept], others[i]])
+        yield from trial.agree(f"text {i} cut back to {kept} tokens", own, got, kept)
+
+
 @claim("tolerance", tied)
 def router_ties(trial: Trial) -> Iterator[Measure]:
     """Of experts, and groups of experts, with equal scores the one with the lower index is taken, always.
@@ -216,6 +235,7 @@ PROPERTIES: tuple[Property, ...] = (
     padding,
     absorbed,
     fork,
+    truncate,
     router_ties,
     determinism,
     refusal,

@@ -52,6 +52,8 @@ class Recipe:
     plain_eps: bool = False
     """The norm of the latents has the eps of the other norms."""
     count_from: int = 1
+    boundary: int = 0
+    """A cache is cut back to multiples of so many tokens; 0: to none."""
     prompts: tuple[int, ...] = (1,)
     tail: int = 1
 
@@ -85,6 +87,7 @@ AXES = {
     "biased_weights": lambda r: replace(r, biased_weights=False),
     "no shared expert": lambda r: replace(r, shared=max(r.shared, 1)),
     "layers from 0": lambda r: replace(r, count_from=1),
+    "truncate": lambda r: replace(r, boundary=0),
     "KDA alone": lambda r: r if "m" in r.layers else replace(r, layers=f"{r.layers}m"),
 }
 """Forms of the family that a model may refuse, each with the recipe's neutral form."""
@@ -148,6 +151,7 @@ def recipes(draw, tokens: int) -> Recipe:
         biased_weights=draw(st.sampled_from((False, False, True))),
         plain_eps=draw(st.booleans()),
         count_from=draw(st.sampled_from((1, 1, 0))),
+        boundary=draw(st.sampled_from((0, 0, 1, 2, 3, 5, 16))),
         prompts=prompts,
         tail=draw(st.integers(1, 5)),
     )

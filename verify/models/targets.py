@@ -44,8 +44,11 @@ class Model(Protocol):
     do not fit and texts without a token raise ValueError, and leave the cache as it was.
     """
 
-    def start(self, texts: int, capacity: int) -> Any:
-        """Return an empty cache for so many texts of at most `capacity` tokens each."""
+    def start(self, texts: int, capacity: int, boundary: int) -> Any:
+        """Return an empty cache for so many texts of at most `capacity` tokens each.
+
+        It can be truncated to multiples of `boundary` tokens; 0: to none.
+        """
 
     def prefill(self, texts: Sequence[np.ndarray], cache: Any) -> list[Trace]:
         """Read texts of unequal length [T], all at once, behind what the cache holds of each."""
@@ -55,6 +58,9 @@ class Model(Protocol):
 
     def fork(self, cache: Any) -> Any:
         """Return a cache that holds the same, and that goes its own way."""
+
+    def truncate(self, cache: Any, tokens: int) -> None:
+        """Forget all but the first tokens of every text: 0, or a multiple of the boundary."""
 
 
 def is_model(target: str) -> bool:

@@ -55,11 +55,11 @@ class Trial:
             self._answers[key] = answer(self.checkpoint, text)
         return self._answers[key]
 
-    def start(self, texts: Iterable[np.ndarray], room: int = 0) -> Any:
+    def start(self, texts: Iterable[np.ndarray], room: int = 0, boundary: int = 0) -> Any:
         """Return an empty cache in which the texts fit, exactly or with room behind."""
         texts, model = list(texts), self.model
         with blame():
-            return model.start(len(texts), max(map(len, texts)) + room)
+            return model.start(len(texts), max(map(len, texts)) + room, boundary)
 
     def prefill(self, texts: list[np.ndarray], cache: Any) -> list[Trace]:
         """Let the model read texts at once."""
@@ -78,6 +78,12 @@ class Trial:
         model = self.model
         with blame():
             return model.fork(cache)
+
+    def truncate(self, cache: Any, tokens: int) -> None:
+        """Let the model cut a cache back."""
+        model = self.model
+        with blame():
+            model.truncate(cache, tokens)
 
     def steps(self, texts: Iterable[np.ndarray], cache: Any) -> list[Trace]:
         """Let the model decode texts of one length, token by token; returns one trace of each."""
