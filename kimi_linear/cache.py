@@ -70,6 +70,7 @@ class Cache:
         self.kept: list[dict[int, Live]] = [{} for _ in range(batch)]
         """Per sequence: the length at a boundary, and what was live there, of one sequence."""
 
+    @torch.inference_mode(False)  # latents are written in place later, perhaps outside of it
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.zeros(self.batch, *shape, dtype=dtype or self.dtype, device=self.device)
 
@@ -107,6 +108,7 @@ class Cache:
                 self.kept[row][after] = Live(own.states, own.inputs, (after,))
         self.live = live
 
+    @torch.inference_mode(False)
     def fork(self, rows: Sequence[int] | None = None) -> "Cache":
         """Return a cache of its own with the sequences `rows`, which may repeat; all of them where None.
 

@@ -59,6 +59,15 @@ def test_a_fork_goes_its_own_way(model, ids, differs):
     assert differs(model.decode([5, 3], cache), a[[2, 0]]) < 1e-6
 
 
+def test_a_cache_of_inference_mode_goes_on_outside(model):
+    with torch.inference_mode():
+        cache = model.cache(2, 20)
+        model.prefill([[1, 2, 3], [4]], cache)
+        cache = cache.fork()
+        inside = model.decode([5, 6], cache.fork())
+    assert torch.equal(model.decode([5, 6], cache), inside)
+
+
 @pytest.mark.parametrize("rows", [[], [2], [-1]])
 def test_a_fork_takes_rows_that_are_there(model, rows):
     with pytest.raises(IndexError, match="rows must be one or more of 0 to 1"):
