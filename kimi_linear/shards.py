@@ -61,9 +61,9 @@ def header(path: Path) -> Shard:
         entries = {name: _entry(path, about) for name, about in data.items() if name != "__metadata__"}
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.name} is absent") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected a safetensors file, got {error}") from error
     promised = 8 + length + max((entry.end for entry in entries.values()), default=0)
     return Shard(path, entries, size, promised)
@@ -71,10 +71,10 @@ def header(path: Path) -> Shard:
 
 def _entry(path: Path, about: dict) -> Entry:
     begin, end = about["data_offsets"]
-    shape = tuple(about["shape"])
-    if not all(type(x) is int and x >= 0 for x in (*shape, begin, end)) or begin > end:
-        raise ValueError(f"sizes and offsets that are none: {about}")
-    return Entry(path, about["dtype"], shape, begin, end)
+    shape, dtype = tuple(about["shape"]), about["dtype"]
+    if not isinstance(dtype, str) or not all(type(x) is int and x >= 0 for x in (*shape, begin, end)) or begin > end:
+        raise ValueError(f"a tensor described as {about}")
+    return Entry(path, dtype, shape, begin, end)
 
 
 def read(wanted: Iterable[tuple[str, Entry]], take: Callable[[str, torch.Tensor, int], None]) -> Iterator[int]:
