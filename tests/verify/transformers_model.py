@@ -1,6 +1,7 @@
 """transformers' Kimi Linear as a model under judgement: each text for itself, in a cache of its own."""
 
 import copy
+import importlib
 import sys
 from pathlib import Path
 
@@ -9,7 +10,21 @@ import torch
 
 from verify.models.targets import Trace
 
-sys.modules.setdefault("fla", None)  # its Triton kernels need a GPU; transformers' own functions take over
+MODULE = "transformers.models.kimi_linear.modeling_kimi_linear"
+
+
+def model_class():
+    """Import transformers' model with its own functions: an installed FLA's Triton kernels need a GPU."""
+    kept = {name: sys.modules.pop(name) for name in ("fla", "causal_conv1d", MODULE) if name in sys.modules}
+    sys.modules |= {"fla": None, "causal_conv1d": None}
+    try:
+        return importlib.import_module(MODULE).KimiLinearForCausalLM
+    finally:
+        del sys.modules["fla"], sys.modules["causal_conv1d"]
+        sys.modules |= kept
+
+
+CLASS = model_class()
 
 
 class Traced:
@@ -21,9 +36,7 @@ class Traced:
     )  # fmt: skip
 
     def __init__(self, folder: Path):
-        from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearForCausalLM
-
-        self.model = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        self.model = CLASS.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
     def start(self, texts: int, capacity: int, boundary: int) -> list:
         from transformers import DynamicCache
