@@ -142,9 +142,23 @@ def test_a_truncated_shard_is_named_with_its_sizes(broken):
         KimiLinear.from_pretrained(broken)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x10\x00\x00\x00\x00\x00\x00\x00{}", b"\xff" * 64, b"\x02" + bytes(7) + b"[]"]
-)
+def headed(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
+NO_SHARDS = {
+    "empty": b"",
+    "cut off": headed("{}" + " " * 9)[:-5],
+    "a length that is none": b"\xff" * 64,
+    "a list": headed("[]"),
+    "nested": headed("[" * 10**5),
+    "no offsets": headed('{"a": {"dtype": "F32", "shape": [1]}}'),
+    "backwards": headed('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}'),
+    "a dtype that is none": headed('{"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}'),
+}
+
+
+@pytest.mark.parametrize("content", NO_SHARDS.values(), ids=NO_SHARDS)
 def test_a_shard_that_is_none_is_named(broken, content):
     path = sorted(broken.glob("*.safetensors"))[0]
     path.write_bytes(content)
