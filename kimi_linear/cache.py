@@ -57,7 +57,7 @@ class Cache:
         if batch < 1 or capacity < 1 or (boundary is not None and boundary < 1):
             raise CacheError(f"batch, capacity and boundary must be at least 1, got {batch}, {capacity} and {boundary}")
         self.config, self.batch, self.capacity, self.boundary = config, batch, capacity, boundary
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype, self.device = dtype, torch.empty(0, device=device).device  # cuda is cuda:0
         H, K, kda = config.kda_heads, config.kda_head_dim, config.count(KDA)
         wide = torch.promote_types(dtype, torch.float32)
         zeros = self._zeros

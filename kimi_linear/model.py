@@ -182,7 +182,8 @@ class KimiLinear(nn.Module):
 
     def _checked(self, ids: Ids, cache: Cache) -> list[torch.Tensor]:
         """Return one tensor of ids per sequence, on the model's device; raise before anything has changed."""
-        if cache.config.layers != self.config.layers or cache.dtype != self.dtype or cache.device != self.device:
+        made_for = (cache.config, cache.dtype, cache.device)
+        if made_for != (self.config, self.dtype, self.device):
             raise CacheError("the cache was made for another model: take model.cache(...)")
         prompts = [as_ids(row, prompt, self.config.vocab_size) for row, prompt in enumerate(ids)]
         if len(prompts) != cache.batch:

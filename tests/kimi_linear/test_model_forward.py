@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kimi_linear import CacheError, preset
+from kimi_linear import Cache, CacheError, preset
 from kimi_linear.attention import attend_absorbed, attend_expanded
 from kimi_linear.initial import random_model
 from kimi_linear.moe import Experts, route
@@ -196,9 +196,11 @@ def test_unknown_ways_of_prefill_are_refused(model, asked):
         model.prefill([[1]], model.cache(), **asked)
 
 
-def test_the_cache_of_another_model_is_refused(model):
+@pytest.mark.parametrize("change", [{}, {"layers": ("kda", "mla")}, {"kda_heads": 2}, {"latent_norm_eps": 1e-5}])
+def test_the_cache_of_another_model_is_refused(model, change):
+    other = Cache(replace(TINY, **change), dtype=torch.float32 if change else torch.float64)
     with pytest.raises(CacheError, match="another model"):
-        model.prefill([[1]], random_model(TINY, dtype=torch.float64).cache())
+        model.prefill([[1]], other)
 
 
 def test_pieces_end_at_boundaries_and_fill_passes():
