@@ -45,6 +45,8 @@ class KimiConfig:
     moe_intermediate_size: int = _of("moe_intermediate_size")
     experts: int = _of("num_experts")
     experts_per_token: int = _of("num_experts_per_token")
+    q_lora_rank: int | None = _of("q_lora_rank", default=None)
+    """Channels of the latent that an MLA layer's queries come through; None for none."""
     shared_experts: int = _of("num_shared_experts", default=1)
     dense_layers: int = _of("first_k_dense_replace", default=1)
     """How many layers at the beginning have one MLP instead of experts."""
@@ -63,7 +65,7 @@ class KimiConfig:
     """Whether the forget gate is one matrix, f_proj; always so for a gate per head."""
     rms_norm_eps: float = _of("rms_norm_eps", default=1e-5)
     latent_norm_eps: float = _of("kv_a_layernorm_eps", default=1e-6)
-    """Epsilon of the norm of MLA's latent: the released code leaves it at 1e-6, some engines take rms_norm_eps."""
+    """Epsilon of the norms of MLA's latents: the released code leaves it at 1e-6, some engines take rms_norm_eps."""
     biased_router_weights: bool = _of("router_weight_uses_score_correction_bias", default=False)
     """Whether experts are weighted by score plus bias, as the released remote code does by an aliasing slip."""
     initializer_range: float = _of("initializer_range", default=0.02)
@@ -164,7 +166,6 @@ _FIXED = {
     "moe_layer_freq": 1,
     "moe_router_activation_func": "sigmoid",
     "num_nextn_predict_layers": 0,
-    "q_lora_rank": None,
     "rope_scaling": None,
     "tie_word_embeddings": False,
     "use_cache": True,
@@ -190,6 +191,8 @@ def check(config: KimiConfig) -> None:
         )
     if config.experts_per_token > config.experts // config.expert_groups * config.top_groups:
         raise ConfigError(f"top_groups must hold experts_per_token = {config.experts_per_token} experts")
+    if config.q_lora_rank is not None and config.q_lora_rank < 1:
+        raise ConfigError(f"q_lora_rank must be at least 1, got {config.q_lora_rank}")
     if config.lower_bound is not None and not config.lower_bound < 0:
         raise ConfigError(f"lower_bound must be negative, got {config.lower_bound}")
     if config.gate not in GATES:

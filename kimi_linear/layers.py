@@ -82,7 +82,8 @@ class MLALayer(nn.Module):
         self.heads, self.nope, self.scale = H, config.qk_nope_head_dim, config.qk_head_dim**-0.5
         self.rows = list(mla_projections(config).values())
         self.in_proj, self.out_proj = weight(sum(self.rows), D), weight(D, H * config.v_head_dim)
-        self.latent_norm = weight(self.rank)
+        self.latent_norm, Q = weight(self.rank), config.q_lora_rank
+        self.q_norm, self.q_b = (None, None) if Q is None else (weight(Q), weight(H * config.qk_head_dim, Q))
         self.kv_b = weight(H * (self.nope + config.v_head_dim), self.rank)
 
     def prefill(self, x: torch.Tensor, bounds: Sequence[int], latents: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -106,6 +107,8 @@ class MLALayer(nn.Module):
     def _queries_and_latents(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return q [n, H, nope + shared] and what the cache holds of each token [n, R]: normed latent, shared key."""
         q, own = F.linear(x, self.in_proj).split(self.rows, -1)
+        if self.q_b is not None:
+            q = F.linear(rms_norm(q, self.q_norm, self.eps), self.q_b)
         latent = rms_norm(own[:, : self.rank], self.latent_norm, self.eps)
         return q.view(len(x), self.heads, -1), torch.cat((latent, own[:, self.rank :]), -1)
 

@@ -82,7 +82,9 @@ def kda_projections(config: KimiConfig) -> dict[str, int]:
 
 def mla_projections(config: KimiConfig) -> dict[str, int]:
     """Return the matrices of an MLA layer that read its input, in the order in which they lie, with their rows."""
-    return {"q_proj": config.heads * config.qk_head_dim, "kv_a_proj_with_mqa": config.latent_dim}
+    whole, rank = config.heads * config.qk_head_dim, config.q_lora_rank
+    queries = {"q_proj": whole} if rank is None else {"q_a_proj": rank}
+    return queries | {"kv_a_proj_with_mqa": config.latent_dim}
 
 
 def _kda(config: KimiConfig, there: str, here: str) -> Iterator[Stored]:
@@ -106,6 +108,9 @@ def _kda(config: KimiConfig, there: str, here: str) -> Iterator[Stored]:
 def _mla(config: KimiConfig, there: str, here: str) -> Iterator[Stored]:
     D, H, R = config.hidden_size, config.heads, config.kv_lora_rank
     yield from in_rows(mla_projections(config), D, there, f"{here}.in_proj")
+    if Q := config.q_lora_rank:
+        yield Stored(f"{there}.q_a_layernorm.weight", (Q,), f"{here}.q_norm")
+        yield Stored(f"{there}.q_b_proj.weight", (H * config.qk_head_dim, Q), f"{here}.q_b")
     yield Stored(f"{there}.kv_a_layernorm.weight", (R,), f"{here}.latent_norm")
     expanded = config.qk_nope_head_dim + config.v_head_dim
     yield Stored(f"{there}.kv_b_proj.weight", (H * expanded, R), f"{here}.kv_b")

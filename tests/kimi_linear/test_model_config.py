@@ -74,6 +74,7 @@ RELATIVES = {
         {"router_weight_uses_score_correction_bias": True},
         {"biased_router_weights": True},
     ),
+    "query latents": ({"q_lora_rank": 1536}, {"q_lora_rank": 1536}),
     "several stops": ({"eos_token_id": [163585, 163586]}, {"stop_ids": (163585, 163586)}),
 }
 
@@ -87,7 +88,7 @@ def test_relatives_differ_in_configuration(name):
 REFUSED = {
     "rotary positions": ({"mla_use_nope": False}, "mla_use_nope = False"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-    "query latents": ({"q_lora_rank": 1536}, "q_lora_rank = 1536"),
+    "query latents": ({"q_lora_rank": 0}, "q_lora_rank must be at least 1"),
     "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
     "grouped keys": ({"num_key_value_heads": 8}, "num_key_value_heads"),
     "a layer twice": ({"linear_attn_config": {"full_attn_layers": [3, 4]}}, "name each of 27 layers once"),

@@ -22,6 +22,7 @@ VARIANTS = {
     "groups": replace(TINY, expert_groups=4, top_groups=2, renormalize=False),
     "shared experts": replace(TINY, shared_experts=2, dense_layers=2),
     "no shared experts": replace(TINY, shared_experts=0, dense_layers=0, conv_size=2),
+    "queries through a latent": replace(TINY, q_lora_rank=7, latent_norm_eps=1e-4),
     "eps of engines": replace(TINY, latent_norm_eps=1e-5),
     "the remote code's router": replace(TINY, biased_router_weights=True),
 }

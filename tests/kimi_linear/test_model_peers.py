@@ -23,6 +23,7 @@ VARIANTS = {
     "mla": preset("tiny", baseline="mla"),
     "groups": replace(TINY, expert_groups=4, top_groups=2),
     "every layer with experts": replace(TINY, dense_layers=0, shared_experts=2),
+    "queries through a latent": replace(TINY, q_lora_rank=24),
     "scores as weights": replace(TINY, renormalize=False),
 }
 TRAPS = {
