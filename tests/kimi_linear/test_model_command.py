@@ -169,9 +169,21 @@ def test_help_shows_how(name, capsys):
     assert f"python -m kimi_linear {name} " in capsys.readouterr().out.split("examples")[1]
 
 
-def test_the_command_runs_without_colours_and_bars_where_nobody_watches(made):
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (RuntimeError, 6), (MemoryError, 6)])
+def test_what_stops_a_command_shows_in_its_exit_code(monkeypatch, capsys, error, code):
+    def stopped(arguments):
+        raise error
+
+    monkeypatch.setattr(COMMANDS["inspect"], "run", stopped)
+    assert main(["inspect", "--preset", "tiny"]) == code
+    out, err = capsys.readouterr()
+    assert not out and ("Traceback" in err) == (code == 6)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_bar_and_colours_are_for_those_who_watch(made, watched):
     command = [sys.executable, "-m", "kimi_linear", "generate", "--model", str(made), "--prompt", "a"]
-    run = subprocess.run(
-        command, cwd=ROOT, capture_output=True, timeout=60, env=os.environ | {"TERM": "xterm-256color"}
-    )
-    assert run.returncode == 0 and b"\x1b" not in run.stdout + run.stderr
+    environment = os.environ | {"TERM": "xterm-256color"} | ({"FORCE_COLOR": "1"} if watched else {})
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, env=environment)
+    assert run.returncode == 0 and b"\x1b" not in run.stdout
+    assert (b"reading weights" in run.stderr) == (b"\x1b" in run.stderr) == watched
