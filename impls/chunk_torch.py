@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from impls.activations import compute_dtype, l2norm_, log_decay, write_strength
-from impls.adjoint_torch import adjoint
 from impls.call import call_activated, call_raw, value_first
 from impls.checks import bounds_of, wants_gradient
 from impls.choice import chunk_torch_config, chunk_torch_launch
+from impls.chunk_backward_torch import adjoint
 from impls.compiler_cpu import can_compile, compiled
 from impls.configs import ChunkTorchConfig
 from impls.pages import room

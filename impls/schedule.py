@@ -102,11 +102,12 @@ def gather(
     return out
 
 
-def scatter(x: torch.Tensor, out: torch.Tensor, block: Sequence[Span]) -> None:
-    """Copy the tokens of a block [slots, lanes, C, channels'] into x [B * T, HV, channels]."""
+def scatter(x: torch.Tensor, out: torch.Tensor, block: Sequence[Span], add: bool = False) -> None:
+    """Copy the tokens of a block [slots, lanes, C, channels'] into x [B * T, HV, channels], or add them to it."""
     for span in block:
         for rows, place in _pieces(x, out[..., : x.shape[-1]], span):
-            _chunked(rows[:, :, span.heads], out.shape[2]).copy_(place)
+            rows = _chunked(rows[:, :, span.heads], out.shape[2])
+            rows.add_(place) if add else rows.copy_(place)
 
 
 def _clear_missing(out: torch.Tensor, block: Sequence[Span]) -> None:

@@ -35,11 +35,11 @@ def within_chunks(q, k, g, beta) -> tuple[torch.Tensor, ...]:
     before, after = decays(alpha)
     total, corners, s = before[:, -1], [], GROUP
     while s < C:
-        late_q, late_k, late_before = (_halves(x, s)[1] for x in (q, k, before))
-        early_k, early_after = (_halves(x, s)[0] for x in (k, after))
+        late_q, late_k, late_before = (halves(x, s)[1] for x in (q, k, before))
+        early_k, early_after = (halves(x, s)[0] for x in (k, after))
         late = torch.cat([late_q * late_before, late_k * late_before], 1)
         corners.append(torch.bmm(late, (early_k * early_after).mT))
-        before, after, total = _merged(before, after, total, s)
+        before, after, total = merged(before, after, total, s)
         s *= 2
     A, X = _joined(A, L, beta, corners)
     q, k = q.view(-1, C, K), k.view(-1, C, K)
@@ -78,12 +78,12 @@ def _moved(x: torch.Tensor, rows: int) -> torch.Tensor:
     return F.pad(x[:, :-rows] if rows > 0 else x[:, -rows:], (0, 0, max(rows, 0), max(-rows, 0)), value=1.0)
 
 
-def _halves(x: torch.Tensor, s: int) -> tuple[torch.Tensor, torch.Tensor]:
+def halves(x: torch.Tensor, s: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the early and the late halves [.., s, K] of groups of 2s rows."""
     return x.reshape(-1, 2, s, x.shape[-1]).unbind(1)
 
 
-def _merged(before, after, total, s: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def merged(before, after, total, s: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return before, after and total of groups of 2s tokens, given those of groups of s tokens."""
     K = total.shape[-1]
     early, late = total.view(-1, 2, 1, K).unbind(1)
@@ -110,13 +110,13 @@ def _joined(A, L, beta, corners) -> tuple[torch.Tensor, torch.Tensor]:
     for corner in corners:
         X0, X1 = X.view(-1, 2, s, s).unbind(1)
         late_beta = beta.view(-1, 2, s, 1)[:, 1]
-        A = _with_corner(A, corner[:, :s])
-        X = _with_corner(X, -torch.bmm(torch.bmm(X1, corner[:, s:] * late_beta), X0))
+        A = with_corner(A, corner[:, :s])
+        X = with_corner(X, -torch.bmm(torch.bmm(X1, corner[:, s:] * late_beta), X0))
         s *= 2
     return A, X
 
 
-def _with_corner(x: torch.Tensor, corner: torch.Tensor) -> torch.Tensor:
+def with_corner(x: torch.Tensor, corner: torch.Tensor) -> torch.Tensor:
     """Return [[x0, 0], [corner, x1]] for the pairs of x [2R, s, s]: [R, 2s, 2s]."""
     x0, x1 = x.view(-1, 2, *x.shape[1:]).unbind(1)
     return torch.cat([torch.cat([x0, torch.zeros_like(corner)], 2), torch.cat([corner, x1], 2)], 1)
