@@ -90,7 +90,9 @@ def _judge(plan: Plan, path: Path | None, out: Path, console: Console) -> int:
     ):
         if stream:
             about = {"device": plan.device, "profile": plan.profile, "seed": plan.seed}
-            records.write(stream, "run", date=records.now(), versions=records.versions(), arguments=sys.argv[1:], **about)
+            records.write(
+                stream, "run", date=records.now(), versions=records.versions(), arguments=sys.argv[1:], **about
+            )
 
         def listen(record: dict) -> None:
             if stream:
