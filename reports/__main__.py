@@ -1,0 +1,67 @@
+"""Build a page of results: `python -m reports --help`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from reports import load
+
+DONE, USAGE = 0, 2
+EPILOG = """\
+exit code  0 done; 2 usage, or a file that is no result of a known kind and version: then nothing is written
+
+examples   python -m reports build results --out report
+           python -m reports build results verify.jsonl --out report --markdown --png slides
+"""
+
+
+class UsageError(Exception):
+    """Say what is wrong with the command line."""
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line. argparse exits with 2 where it is wrong, as UsageError does."""
+    wide = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m reports", description="Show results.", epilog=EPILOG, formatter_class=wide
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    p = commands.add_parser("build", help="build one page of results", epilog=EPILOG, formatter_class=wide)
+    p.add_argument(
+        "results", nargs="+", type=Path, metavar="RESULTS", help="files, or folders of .json and .jsonl files"
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="write report.html there")
+    p.add_argument("--markdown", action="store_true", help="write report.md there, too: for a pull request")
+    p.add_argument("--png", type=Path, metavar="DIR", help="write every picture there, too: for slides")
+    p.set_defaults(run=build)
+    return parser.parse_args(arguments)
+
+
+def build(args: argparse.Namespace) -> int:
+    """Build the page; everything is read and drawn before the first file is written."""
+    results = load.read(args.results)
+    try:
+        from reports import pages
+    except ImportError as error:
+        raise UsageError(f"build needs {error.name}: pip install -e '.[reports]'") from error
+    try:
+        for path in pages.build(results, args.out, args.markdown, args.png):
+            print(path)
+    except OSError as error:
+        raise UsageError(f"--out {args.out}: {error}") from error
+    return DONE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = parsed(arguments)
+    try:
+        return args.run(args)
+    except (UsageError, load.ResultError) as error:
+        print(f"reports: {error}", file=sys.stderr)
+        return USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Colours and type of every figure: drawn in the light colours, shown in those of the reader's theme.
+
+A figure is drawn once. In its SVG each colour of the light theme becomes a CSS variable, so that the page, which
+defines the variables for light and dark, decides; a PNG stays light.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import LogFormatter
+
+INK, MUTED, GRID, SURFACE = "ink", "muted", "grid", "surface"
+LIGHT = {
+    INK: "#1c2430",
+    MUTED: "#5b6676",
+    GRID: "#d9dee7",
+    SURFACE: "#fffffe",
+    "series-1": "#2f6fb2",
+    "series-2": "#c9640a",
+    "series-3": "#2a8459",
+    "series-4": "#8355bf",
+    "series-5": "#c23a66",
+    "series-6": "#157f91",
+    "series-7": "#87662f",
+    "level-0": "#eef3fb",
+    "level-1": "#d8e5f6",
+    "level-2": "#b9d2ee",
+    "level-3": "#94bbe4",
+    "bad": "#f1a79f",
+    "warn": "#f3d38a",
+}
+"""Every colour is another one: that is how it is told in an SVG."""
+DARK = {
+    INK: "#e6eaf1",
+    MUTED: "#a3adbd",
+    GRID: "#343d4b",
+    SURFACE: "#171c24",
+    "series-1": "#74aeea",
+    "series-2": "#f0a04d",
+    "series-3": "#5fc793",
+    "series-4": "#b99bee",
+    "series-5": "#f0829f",
+    "series-6": "#57c6d6",
+    "series-7": "#ccab78",
+    "level-0": "#1f2937",
+    "level-1": "#233852",
+    "level-2": "#28496f",
+    "level-3": "#305d90",
+    "bad": "#93332b",
+    "warn": "#6d5413",
+}
+SERIES = tuple(LIGHT[name] for name in LIGHT if name.startswith("series-"))
+LEVELS = tuple(LIGHT[name] for name in LIGHT if name.startswith("level-"))
+WIDTH = 4.1
+"""Inches: as wide as a phone's screen, where 9 points stay 9 points."""
+DPI = 200
+LONG = 20
+"""Characters of a name of which two do not fit beside each other."""
+
+_RC = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],
+    "font.size": 9,
+    "text.color": LIGHT[INK],
+    "axes.labelcolor": LIGHT[INK],
+    "axes.titlecolor": LIGHT[INK],
+    "axes.titlesize": 9,
+    "axes.edgecolor": LIGHT[MUTED],
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": matplotlib.cycler(color=SERIES),
+    "grid.color": LIGHT[GRID],
+    "grid.linewidth": 0.8,
+    "xtick.color": LIGHT[MUTED],
+    "ytick.color": LIGHT[MUTED],
+    "xtick.labelcolor": LIGHT[INK],
+    "ytick.labelcolor": LIGHT[INK],
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "figure.constrained_layout.use": True,
+}
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw in the page's type and colours, without a display."""
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+def new(height: float, width: float = WIDTH, **subplots):
+    """Return a drawing and its axes, so many inches wide and high."""
+    page = Drawing(figsize=(width, height), layout="constrained")
+    return page, page.subplots(**subplots)
+
+
+def logarithmic(axes, x: bool = True, y: bool = False) -> None:
+    """Make axes logarithmic, with numbers that are written out."""
+    if x:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,g}")
+    if y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+
+
+def legend(page: Drawing, axes, columns: int = 2) -> None:
+    """Name what was drawn below it; long names stand below each other."""
+    handles, labels = axes.get_legend_handles_labels()
+    long = any(len(label) > LONG for label in labels)
+    page.legend(handles, labels, loc="outside lower center", ncols=1 if long else columns)
+
+
+def svg(page: Drawing, name: str) -> str:
+    """Return a drawing as an SVG element whose colours are the page's; equal drawings give equal text."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**_RC, "svg.hashsalt": name}):
+        page.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+    names = {colour: name for name, colour in LIGHT.items()}
+    return re.sub(r"#[0-9a-f]{6}\b", lambda x: f"var(--{names[x[0]]})" if x[0] in names else x[0], text)
+
+
+def png(page: Drawing) -> bytes:
+    """Return a drawing as a PNG on the light surface."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_RC):
+        page.savefig(buffer, format="png", dpi=DPI, facecolor=LIGHT[SURFACE], metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def variables(theme: dict[str, str]) -> str:
+    """Return the CSS that defines a theme's colours."""
+    return " ".join(f"--{name}: {colour};" for name, colour in theme.items())

@@ -1,0 +1,131 @@
+"""The page shows what the files say: all of it, escaped, with its origin, and what is missing as missing."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import example_results as examples
+import pytest
+
+from reports import load, style, verification
+from reports.__main__ import main
+from reports.sections import SECTIONS, sections
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """One page of everything, with Markdown and pictures."""
+    folder = tmp_path_factory.mktemp("report")
+    files = map(str, examples.everything(folder))
+    assert main(["build", *files, "--out", str(folder / "out"), "--markdown", "--png", str(folder / "png")]) == 0
+    return folder
+
+
+class Tags(HTMLParser):
+    """Collects the tags of a page, each with its attributes."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_is_of_one_piece_and_runs_nothing(built):
+    page = (built / "out" / "report.html").read_text()
+    found = Tags(page).found
+    assert not {"script", "iframe", "object", "embed"} & {tag for tag, _ in found}
+    asked = [x for _, attributes in found for name, x in attributes.items() if name in ("src", "href", "xlink:href")]
+    assert {x for x in asked if not x.startswith("#")} == {"data:,"}
+    assert not re.search(r"url\((?!#)|@import|@font-face", page)
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
+def test_every_figure_has_its_alternative_text_its_origin_and_its_table(built):
+    page = (built / "out" / "report.html").read_text()
+    figures = re.findall(r"<figure id.*?</figure>", page, flags=re.S)
+    assert len(figures) >= 18
+    for figure in figures:
+        [alt] = re.findall(r'<svg role="img" aria-label="([^"]+)"', figure)
+        [origin] = re.findall(r"<figcaption>(.*?)</figcaption>", figure)
+        assert len(alt) > 40 and re.search(r" · .+ · 20\d\d-\d\d-\d\d .+ · .+\.jsonl?", origin), (alt, origin)
+        assert len(re.findall(r"<tr>", figure)) >= 2 and "<summary>Table</summary>" in figure
+
+
+def test_every_colour_of_a_picture_is_the_themes(built):
+    page = (built / "out" / "report.html").read_text()
+    pictures = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.S))
+    assert not set(re.findall(r"(?:fill|stroke): ?(#[0-9a-f]{3,6})", pictures))
+    assert style.LIGHT.keys() == style.DARK.keys()
+    assert len(set(style.LIGHT.values())) == len(style.LIGHT)
+
+
+def test_pictures_and_markdown_show_the_same_figures(built):
+    page, text = (built / "out" / "report.html").read_text(), (built / "out" / "report.md").read_text()
+    names = set(re.findall(r'<figure id="([^"]+)"', page))
+    assert {path.stem for path in (built / "png").glob("*.png")} == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (built / "png").glob("*.png"))
+    assert text.count("<details>") == len(names) and "<script>" not in text
+
+
+def test_equal_results_give_equal_pages(tmp_path):
+    files = examples.everything(tmp_path)
+    drawn = [[style.svg(f.drawing, f.name) for s in sections(load.read(files)) for f in s.figures] for _ in range(2)]
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in SECTIONS])
+def test_what_is_missing_is_shown_as_missing(tmp_path, name):
+    keep = examples.document(tmp_path / "model.json", examples.model())
+    if name == "model":
+        keep = examples.lines(tmp_path / "verify.jsonl", *examples.records())
+    assert main(["build", str(keep), "--out", str(tmp_path / "out"), "--markdown"]) == 0
+    page, text = (tmp_path / "out" / "report.html").read_text(), (tmp_path / "out" / "report.md").read_text()
+    section = re.search(rf'<h2 id="{name}">.*?</section>', page, flags=re.S)[0]
+    command = next(command for x, _, _, command, _ in SECTIONS if x == name)
+    assert "Missing:" in section and command in section and "<figure" not in section
+    assert f"**Missing**: `{command}`" in text
+
+
+def test_a_failure_is_seen(tmp_path):
+    [result] = load.read([examples.lines(tmp_path / "verify.jsonl", *examples.records())])
+    matrix = verification.matrix(result)
+    rows = {row[0]: row[1:] for row in matrix.table.rows}
+    assert rows["reference"] == ("0.4 (2)", "4 (1)")
+    assert rows["causality"] == ("exact (1)", "inf (1)")
+    assert rows["verdict"] == ("pass", "FAIL")
+    assert "absent: not run" in rows
+    assert f"{examples.NASTY}: causality, {examples.NASTY}: reference" in matrix.alt
+    assert verification.colour(4.0) == style.LIGHT["bad"] != verification.colour(1.0)
+
+
+def test_a_surviving_mutant_is_seen(tmp_path):
+    [figure] = verification.mutants(load.read([examples.lines(tmp_path / "s.jsonl", examples.self_test())]))
+    assert "1 of 2 found" in figure.title and "Survivors: survivor" in figure.alt
+    assert figure.table.rows[1] == ("survivor", "SURVIVED")
+
+
+def test_what_cannot_be_read_leaves_nothing_behind(tmp_path, capsys):
+    good = examples.document(tmp_path / "good.json", examples.model())
+    bad = examples.document(tmp_path / "bad.json", examples.model() | {"schema": 7})
+    asked = ["build", str(good), str(bad), "--out", str(tmp_path / "out"), "--markdown", "--png", str(tmp_path / "png")]
+    assert main(asked) == 2
+    assert re.search(r"bad\.json: schema version 7", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "png").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_plain_error(tmp_path, capsys):
+    good = examples.document(tmp_path / "good.json", examples.model())
+    assert main(["build", str(good), "--out", str(good / "out")]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_command_says_what_to_install(tmp_path):
+    good = examples.document(tmp_path / "good.json", examples.model())
+    program = "import sys; sys.modules['matplotlib'] = None; from reports.__main__ import main; sys.exit(main())"
+    asked = [sys.executable, "-c", program, "build", str(good), "--out", str(tmp_path / "out")]
+    run = subprocess.run(asked, cwd=examples.ROOT, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, "pip install -e '.[reports]'" in run.stderr) == (2, True), run.stderr
