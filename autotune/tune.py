@@ -7,7 +7,7 @@
 5. python -m verify judges the winner, with exactly this configuration; one that fails is passed over for the next.
 
 Every trial is on the disk when it ends: after Ctrl-C or a crash the same command goes on. --budget bounds 2 and 3 for
-one shape; the race takes half a minute more, the judge 15 seconds, or a minute for what is compiled. --minutes bounds
+one shape; the race takes half a minute more, the judge 20 seconds, or a minute for what is compiled. --minutes bounds
 everything: what has no result yet comes first, and the same command goes on with the rest.
 """
 
