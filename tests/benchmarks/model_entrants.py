@@ -1,13 +1,13 @@
 """Run Kimi Linear for a timing, ours or transformers', each in a process of its own; what is timed is asked by line."""
 
 import contextlib
+import functools
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,26 +59,33 @@ def theirs(folder: str) -> Entrant:
     return prefill, decode
 
 
-ENTRANTS = {"ours": ours, "ours compiled": partial(ours, compile=True), "transformers": theirs}
+ENTRANTS = {"ours": ours, "ours compiled": functools.partial(ours, compile=True), "transformers": theirs}
 
 
 def serve(entrant: str, folder: str) -> None:
-    """Answer lines "prefill T" and "decode T CALLS" with seconds: one prefill, the median of so many steps."""
+    """Answer lines, until there are no more.
+
+    "prefill T": seconds of one. "decode T CALLS": the median of so many steps behind T tokens, in seconds.
+    "growth SHORT LONG CALLS": the median ratio of a step behind LONG tokens to the one behind SHORT tokens after it.
+    """
     torch.set_grad_enabled(False)
     prefill, decode = ENTRANTS[entrant](folder)
-    steps: dict[int, Callable] = {}
+    step_behind = functools.cache(decode)
     prefill(64)
     print("ready", flush=True)
     for line in sys.stdin:
-        kind, T, *calls = line.split()
-        if kind == "prefill":
-            print(seconds(lambda T=int(T): prefill(T)), flush=True)
-            continue
-        if int(T) not in steps:
-            steps[int(T)] = decode(int(T))
-        step = steps[int(T)]
-        step()
-        print(statistics.median(seconds(step) for _ in range(int(*calls))), flush=True)
+        kind, *values = line.split()
+        match kind, list(map(int, values)):
+            case "prefill", [T]:
+                found = seconds(lambda T=T: prefill(T))
+            case "decode", [T, calls]:
+                step_behind(T)()
+                found = statistics.median(seconds(step_behind(T)) for _ in range(calls))
+            case "growth", [short, long, calls]:
+                steps = [step_behind(T) for T in (long, short)]
+                pairs = [[seconds(step) for step in steps] for _ in range(calls)]
+                found = statistics.median(x / y for x, y in pairs[1:])
+        print(found, flush=True)
 
 
 def seconds(call: Callable) -> float:

@@ -25,7 +25,7 @@ ROUNDS = 5
 HYBRID, MLA = "hybrid", "mla"
 OURS, COMPILED, THEIRS = "ours", "ours compiled", "transformers"
 DECODE, PREFILL = "decode 4096 15", "prefill 2048"
-SHORT, LONG = "decode 1024 15", "decode 16384 15"
+SHORT = "decode 1024 15"
 ASKED = {DECODE: 3.0, PREFILL: 5.0}
 """How many times faster than transformers the hybrid is asked to be, compiled or not."""
 GROWTH = 1.3
@@ -117,12 +117,10 @@ def test_against_transformers(folders, rows, threads, baseline):
 
 
 def test_a_step_hardly_grows_with_the_context_where_few_layers_have_a_growing_cache(folders, rows, threads):
-    entrants = {f"{OURS} of {baseline}": folders[baseline] for baseline in (HYBRID, MLA)}
-    found = measured(entrants, [SHORT, LONG], rounds=2 * ROUNDS)
+    """Steps behind 1,024 and 16,384 tokens take turns in one process: neighbours slow both."""
     growth = {}
     for baseline in (HYBRID, MLA):
-        short, long = (found[f"{OURS} of {baseline}", line] for line in (SHORT, LONG))
-        growth[baseline] = ratio(long, short)
-        ms = {line: statistics.median(x) for line, x in ((SHORT, short), (LONG, long))}
-        rows.append({"model": baseline, "asked": "16384 over 1024", "ms": ms, "ratios": {LONG: growth[baseline]}})
+        with apart(OURS, folders[baseline]) as ask:
+            growth[baseline] = statistics.median(ask("growth 1024 16384 40") for _ in range(3))
+        rows.append({"model": baseline, "asked": "growth", "ms": {}, "ratios": {"16384 over 1024": growth[baseline]}})
     assert growth[HYBRID] <= GROWTH < growth[MLA], growth
