@@ -147,7 +147,7 @@ def _check(about: dict, device: str | None) -> None:
 
 
 def _own(result: object) -> object:
-    """Return a result; what a worker raised is no candidate's fault: UsageError."""
-    if isinstance(result, Failure) and result.kind == "raised":
+    """Return a result; what a worker raised, or the cluster lost, is no candidate's fault: UsageError."""
+    if isinstance(result, Failure) and result.kind in ("raised", "lost"):
         raise UsageError(f"--scheduler: {result.message}")
     return result

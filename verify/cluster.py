@@ -8,6 +8,7 @@ this project installed, and of the same sources where that matters: what is call
 """
 
 import math
+import socket
 import threading
 import time
 import uuid
@@ -36,7 +37,8 @@ class Unreachable(Exception):
 class Failure:
     """What became of a function that returned nothing."""
 
-    kind: Literal["raised", "died", "late"]
+    kind: Literal["raised", "died", "late", "lost"]
+    """It raised; its worker died with it; it outlasted its time; the cluster has nobody left who could run it."""
     message: str
 
 
@@ -61,6 +63,15 @@ class Pool:
         self.client, self.tasks, self._done = client, {}, SimpleQueue()
         self._topic = f"kda-forge-{uuid.uuid4().hex}"
         client.subscribe_topic(self._topic, self._begun)
+
+    def strangers(self) -> list[str]:
+        """Return the workers that cannot import this project: what they are sent closes them.
+
+        A builtin is all that such a worker reads.
+        """
+        asked = f"__import__('importlib.util').util.find_spec({__package__!r}) is not None"
+        found = self.client.run(eval, asked, on_error="ignore")  # one that is just dying says nothing
+        return [address for address, ours in found.items() if not ours]
 
     def slots(self, resource: str | None = None, seconds: float = 0.0) -> int:
         """Return how many functions can run at once that need one of a resource; None: one for a worker.
@@ -152,7 +163,7 @@ class Pool:
             able = any(all(x["resources"].get(k, 0) >= n for k, n in task.resources.items()) for x in workers.values())
             if able:
                 task.since = time.monotonic()
-            return None if able or waited < VACANT else Failure("died", f"no worker{_offering(task.resources)} is left")
+            return None if able or waited < VACANT else Failure("lost", f"no worker{_offering(task.resources)} is left")
         if task.worker not in workers:
             return Failure("died", f"the worker {task.worker} went away with it")
         return Failure("late", f"it took more than {task.seconds:g} s") if waited > task.seconds else None
@@ -183,13 +194,23 @@ def cluster(
             own = LocalCluster(processes, resources=dict(resources or {}), silence_logs="CRITICAL", **local)
             address = stack.enter_context(own).scheduler_address
         try:
+            _knock(address)
             client = stack.enter_context(Client(address, timeout=ANSWER, set_as_default=False))
         except (OSError, ValueError, TypeError) as error:
             said = next(iter(str(error).splitlines()), type(error).__name__)
             raise Unreachable(f"expected the address of a dask scheduler, as tcp://HOST:8786: {said}") from error
         pool = Pool(client)
         stack.callback(pool.close)
+        if strangers := pool.strangers():
+            raise Unreachable(f"this project is not installed for its workers {', '.join(strangers)}")
         yield pool
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens, ValueError for no address: a Client that fails takes others' loops along."""
+    from distributed.comm import get_address_host_port
+
+    socket.create_connection(get_address_host_port(address, strict=True), timeout=ANSWER).close()
 
 
 def _once(topic: str, name: str, function: Callable, arguments: tuple) -> tuple[bool, object]:
@@ -214,7 +235,7 @@ def _value(task: Task) -> object:
     except KilledWorker as error:
         return Failure("died", f"its worker died: {error}")
     except CancelledError:
-        return Failure("died", "the scheduler went away, or somebody cancelled it")
+        return Failure("lost", "the scheduler went away, or somebody cancelled it")
     except Exception as error:  # whatever the function raises is a result
         return Failure("raised", f"{type(error).__name__}: {error}"[:500])
     return value if called else Failure("died", f"the worker {task.worker or 'that ran it'} died of it")

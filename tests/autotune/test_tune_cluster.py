@@ -80,6 +80,14 @@ def test_what_ends_its_worker_is_tried_once_more_and_then_to_blame(pool, monkeyp
     assert submitted == [DEFAULT] * 2 and outcome.status == FAILED
 
 
+def test_what_the_cluster_lost_is_no_fault_of_a_configuration(pool, monkeypatch):
+    found = fleet.Fleet(pool, BENCH, DEFAULT)
+    monkeypatch.setattr("verify.cluster.VACANT", 0.0)
+    monkeypatch.setattr(found, "_submit", lambda config: pool.submit(abs, 1, resources={"TPU": 1}))
+    with pytest.raises(UsageError, match="no worker with TPU=1 is left"):
+        tried(found, DEFAULT)
+
+
 def test_a_worker_of_other_sources_is_refused(pool):
     found = fleet.Fleet(pool, BENCH, DEFAULT)
     found.about = found.about | {"sources": "others"}

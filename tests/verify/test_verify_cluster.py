@@ -3,7 +3,10 @@
 import operator
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,7 @@ pytest.importorskip("distributed", reason="pip install 'kda-forge[fleet]'")
 from verify.cluster import Failure, Unreachable, cluster
 
 GPU = {"GPU": 1}
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,14 @@ def test_waiting_ends_when_the_time_is_over(pool):
 def test_what_no_worker_can_run_ends(pool, monkeypatch):
     monkeypatch.setattr("verify.cluster.VACANT", 0.0)
     [(task, failure)] = [pool.submit(abs, -1, resources={"TPU": 1})] and pool.finished(60.0)
-    assert failure == Failure("died", "no worker with TPU=1 is left")
+    assert failure == Failure("lost", "no worker with TPU=1 is left")
+
+
+def test_workers_without_this_project_are_refused(pool, monkeypatch):
+    monkeypatch.setattr("verify.cluster.__package__", "nobody_has_this")
+    there = pool.client.scheduler.address
+    with pytest.raises(Unreachable, match="not installed for its workers tcp://"), cluster(there):
+        pass
 
 
 @pytest.mark.parametrize("address", ["nonsense", "tcp://127.0.0.1:1", "ftp://host"])
@@ -80,3 +91,8 @@ def test_what_is_no_scheduler_is_refused(address, monkeypatch):
     monkeypatch.setattr("verify.cluster.ANSWER", 0.5)
     with pytest.raises(Unreachable, match="expected the address of a dask scheduler"), cluster(address):
         pass
+
+
+def test_dask_is_imported_only_where_a_scheduler_is_named():
+    script = "import autotune.__main__, sys; sys.exit('distributed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
