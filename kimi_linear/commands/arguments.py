@@ -47,26 +47,33 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def add_preset(p: argparse.ArgumentParser, required: bool = False, default: str | None = None) -> None:
+def add_preset(p: argparse.ArgumentParser, required: bool = False) -> None:
     """Add what names a configuration: --preset, --layers, --ratio."""
-    p.add_argument("--preset", choices=PRESETS, required=required, default=default, help="sizes of a model")
+    p.add_argument("--preset", choices=PRESETS, required=required, help="sizes of a model")
     p.add_argument("--layers", type=int, metavar="N", help="so many layers instead of the preset's")
-    p.add_argument("--ratio", default="3:1", metavar="KDA:MLA", help="layers of each kind, in turn (default 3:1)")
+    p.add_argument("--ratio", metavar="KDA:MLA", help="layers of each kind, in turn (default 3:1)")
 
 
 def add_baseline(p: argparse.ArgumentParser) -> None:
     """Add --baseline."""
     text = "mla: MLA layers only; gdn-hybrid: one decay per head, as Gated DeltaNet has (default hybrid)"
-    p.add_argument("--baseline", choices=BASELINES, default="hybrid", help=text)
+    p.add_argument("--baseline", choices=BASELINES, help=text)
 
 
 def preset_of(args: argparse.Namespace, baseline: str | None = None) -> KimiConfig:
     """Return the configuration that the arguments of `add_preset` name; UsageError for a ratio that is none."""
-    parts = args.ratio.split(":")
+    parts = (args.ratio or "3:1").split(":")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise UsageError(f"--ratio must be two numbers as in 3:1, got {args.ratio!r}")
-    ratio = tuple(map(int, parts))
-    return preset(args.preset, baseline=baseline or args.baseline, layers=args.layers, ratio=ratio)
+    baseline = baseline or args.baseline or "hybrid"
+    return preset(args.preset, baseline=baseline, layers=args.layers, ratio=tuple(map(int, parts)))
+
+
+def refuse_preset(args: argparse.Namespace) -> None:
+    """Raise UsageError where --model is named and a preset is, too, which would be left unheard."""
+    given = [f"--{name}" for name in ("preset", "layers", "ratio", "baseline") if getattr(args, name) is not None]
+    if args.model and given:
+        raise UsageError(f"--model says what the model is: expected it without {', '.join(given)}")
 
 
 def numbers(flag: str, text: str) -> list[int]:

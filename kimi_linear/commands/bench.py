@@ -26,6 +26,7 @@ from kimi_linear.commands.arguments import (
     dtype_of,
     numbers,
     preset_of,
+    refuse_preset,
     size,
 )
 from kimi_linear.initial import random_model
@@ -43,8 +44,8 @@ def configure(p: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     p.epilog = EPILOG
     p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint, instead of a preset")
-    add_preset(p, default="tiny")
-    p.add_argument("--baseline", default="hybrid,mla", metavar="NAME,...", help=f"of {', '.join(BASELINES)}")
+    add_preset(p)
+    p.add_argument("--baseline", metavar="NAME,...", help=f"of {', '.join(BASELINES)}; default hybrid,mla")
     p.add_argument("--context", default="1024,4096", metavar="N,...", help="tokens (default 1024,4096)")
     p.add_argument("--steps", type=int, default=16, metavar="N", help="decoding steps of a round (default 16)")
     p.add_argument("--rounds", type=int, default=3, metavar="N", help="default 3")
@@ -56,6 +57,7 @@ def configure(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    refuse_preset(args)
     contexts = numbers("--context", args.context)
     if min(*contexts, args.steps, args.rounds) < 1:
         raise UsageError("--context, --steps and --rounds must be at least 1")
@@ -81,7 +83,8 @@ def _models(args: argparse.Namespace) -> dict[str, KimiLinear]:
             found = KimiLinear.from_pretrained(args.model, dtype=dtype, device=args.device, progress=progress)
         models = {args.model.name: found}
     else:
-        names = args.baseline.split(",")
+        args.preset = args.preset or "tiny"
+        names = (args.baseline or "hybrid,mla").split(",")
         if unknown := [name for name in names if name not in BASELINES]:
             raise UsageError(f"--baseline: unknown {', '.join(unknown)}; known are {', '.join(BASELINES)}")
         models = {name: random_model(preset_of(args, name), dtype=dtype, device=args.device) for name in names}

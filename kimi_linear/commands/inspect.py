@@ -15,7 +15,17 @@ from rich.table import Table
 from impls import chosen, tuned
 from kimi_linear.cache import Cache
 from kimi_linear.checkpoint import Checkpoint
-from kimi_linear.commands.arguments import BROKEN, DONE, UsageError, add_baseline, add_preset, console, preset_of, size
+from kimi_linear.commands.arguments import (
+    BROKEN,
+    DONE,
+    UsageError,
+    add_baseline,
+    add_preset,
+    console,
+    preset_of,
+    refuse_preset,
+    size,
+)
 from kimi_linear.config import KDA, MLA, KimiConfig
 from kimi_linear.layout import stored
 from kimi_linear.model import PREFILL_TOKENS
@@ -41,8 +51,9 @@ def configure(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    if bool(args.model) == bool(args.preset):
-        raise UsageError("expected --model or --preset, one of them")
+    refuse_preset(args)
+    if not args.model and not args.preset:
+        raise UsageError("expected --model or --preset")
     checkpoint = Checkpoint(args.model) if args.model else None
     config = checkpoint.config if checkpoint else preset_of(args)
     found = described(config) | {"kernels": kernels(config, args.device)}

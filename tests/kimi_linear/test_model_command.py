@@ -133,6 +133,9 @@ USAGE = {
     "over a checkpoint": ["init", "--preset", "tiny", "--out", "{made}"],
     "ratio": ["init", "--preset", "tiny", "--ratio", "3", "--out", "{made}/new"],
     "two models": ["inspect", "--model", "{made}", "--preset", "tiny"],
+    "unheard layers": ["inspect", "--model", "{made}", "--layers", "3"],
+    "unheard baseline": ["bench", "--model", "{made}", "--baseline", "mla"],
+    "no model": ["inspect"],
     "no context": ["bench", "--context", "0"],
     "no baseline": ["bench", "--baseline", "transformer"],
 }
