@@ -5,14 +5,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reports import load
+from reports import collect, load
 
 DONE, USAGE = 0, 2
 EPILOG = """\
-exit code  0 done; 2 usage, or a file that is no result of a known kind and version: then nothing is written
+exit code  0 done; 1 a command of collect failed; 2 usage, or a file that is no result of a known kind and version: then
+           nothing is written; 7 the time of collect was over before everything was done; 130 interrupted
 
 examples   python -m reports build results --out report
            python -m reports build results verify.jsonl --out report --markdown --png slides
+           python -m reports collect --device cpu --minutes 20
 """
 
 
@@ -35,6 +37,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--markdown", action="store_true", help="write report.md there, too: for a pull request")
     p.add_argument("--png", type=Path, metavar="DIR", help="write every picture there, too: for slides")
     p.set_defaults(run=build)
+    p = commands.add_parser(
+        "collect", help="verify, tune and benchmark within a time box", epilog=EPILOG, formatter_class=wide
+    )
+    collect.configure(p)
     return parser.parse_args(arguments)
 
 
@@ -58,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parsed(arguments)
     try:
         return args.run(args)
-    except (UsageError, load.ResultError) as error:
+    except (UsageError, collect.CollectError, load.ResultError) as error:
         print(f"reports: {error}", file=sys.stderr)
         return USAGE
 
