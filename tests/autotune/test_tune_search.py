@@ -226,3 +226,29 @@ def test_a_screen_rules_out_and_orders(tmp_path):
     # the first neighbour that is measured is the one of the least estimate
     assert large(tried[1]) == min(large(x) for x in seen[: seen.index(tried[1]) + 1] if x.intra_warps != 8)
     assert large(found.best(0, 1)[0]) == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_who_finds_all_that_is_left_in_other_hands_waits_for_what_becomes_of_it(tmp_path, told):
+    first, waited = search(tmp_path), []
+    run(first, first.size - 1, seconds=1e6)
+    held = first.next(1e6)
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if told:
+            first.tell(held, surface(held))
+        else:
+            first.ledger.release()
+
+    second = search(tmp_path, wait=wait)
+    assert second.next(0.0) is None and not waited
+    assert second.next(1e6) == (None if told else held) and len(waited) == 1
+    assert len(second.outcomes) == first.size - (not told)
+
+
+def test_who_holds_points_is_never_kept_waiting(tmp_path):
+    with search(tmp_path, wait=pytest.fail) as found:
+        held = [found.next(1e6) for _ in range(found.size)]
+        assert set(held) == set(SPACE.points()) and found.next(1e6) is None
+    assert not search(tmp_path).busy
