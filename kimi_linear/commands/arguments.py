@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kimi_linear.config import DTYPES, KimiConfig
+from kimi_linear.config import DTYPES, ConfigError, KimiConfig
 from kimi_linear.presets import BASELINES, PRESETS, preset
 
 DONE, BROKEN, USAGE, CRASH, INTERRUPTED = 0, 1, 2, 6, 130
@@ -35,6 +35,19 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=own, transient=True, disable=not own.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def add_device(p: argparse.ArgumentParser, text: str = "") -> None:
+    """Add --device."""
+    p.add_argument("--device", default="cpu", help=f"{text}cpu or cuda:N (default cpu)")
+
+
+def check_device(name: str) -> None:
+    """Raise UsageError for a device that this machine does not have."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def add_dtype(p: argparse.ArgumentParser, default: str) -> None:
@@ -66,7 +79,10 @@ def preset_of(args: argparse.Namespace, baseline: str | None = None) -> KimiConf
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise UsageError(f"--ratio must be two numbers as in 3:1, got {args.ratio!r}")
     baseline = baseline or args.baseline or "hybrid"
-    return preset(args.preset, baseline=baseline, layers=args.layers, ratio=tuple(map(int, parts)))
+    try:
+        return preset(args.preset, baseline=baseline, layers=args.layers, ratio=tuple(map(int, parts)))
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
 
 
 def refuse_preset(args: argparse.Namespace) -> None:

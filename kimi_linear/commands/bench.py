@@ -1,4 +1,4 @@
-"""Time prefill and decoding of a model with random weights, or of a checkpoint, over context lengths.
+"""Time prefill and decoding of a model with random weights (tiny, where none is named), or of a checkpoint.
 
 The paper's baselines at the same sizes are timed beside it in common rounds; medians are printed.
 """
@@ -19,9 +19,11 @@ from impls.devices import named
 from kimi_linear.commands.arguments import (
     DONE,
     UsageError,
+    add_device,
     add_dtype,
     add_preset,
     bar,
+    check_device,
     console,
     dtype_of,
     numbers,
@@ -49,7 +51,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--context", default="1024,4096", metavar="N,...", help="tokens (default 1024,4096)")
     p.add_argument("--steps", type=int, default=16, metavar="N", help="decoding steps of a round (default 16)")
     p.add_argument("--rounds", type=int, default=3, metavar="N", help="default 3")
-    p.add_argument("--device", default="cpu", help="cpu or cuda:N (default cpu)")
+    add_device(p)
     add_dtype(p, "default float32 on a CPU, bfloat16 elsewhere")
     p.add_argument("--compile", action="store_true", help="compile the decoding step")
     p.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there too")
@@ -58,6 +60,7 @@ def configure(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     refuse_preset(args)
+    check_device(args.device)
     contexts = numbers("--context", args.context)
     if min(*contexts, args.steps, args.rounds) < 1:
         raise UsageError("--context, --steps and --rounds must be at least 1")

@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kimi_linear.chat import ChatTemplate
-from kimi_linear.commands.arguments import DONE, UsageError, add_dtype, bar, console, dtype_of, numbers
+from kimi_linear.commands.arguments import (
+    DONE,
+    UsageError,
+    add_device,
+    add_dtype,
+    bar,
+    check_device,
+    console,
+    dtype_of,
+    numbers,
+)
 from kimi_linear.config import KimiConfig
 from kimi_linear.model import KimiLinear
 from kimi_linear.tokenizer import Tokenizer
@@ -38,7 +48,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--top-k", type=int, metavar="N", help="of the so many likeliest ids")
     p.add_argument("--top-p", type=float, metavar="X", help="of the likeliest ids with this probability together")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default 0)")
-    p.add_argument("--device", default="cpu", help="cpu or cuda:N (default cpu)")
+    add_device(p)
     add_dtype(p, "load in this dtype (default as stored)")
     p.add_argument("--compile", action="store_true", help="compile the decoding step: a minute before the first id")
     p.add_argument("--json", action="store_true", help="print one JSON object per prompt instead of text")
@@ -74,6 +84,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("expected --prompt or --ids, one of them")
     if (args.ids and args.chat) or (args.system and not args.chat):
         raise UsageError("--chat goes with --prompt, and --system with --chat")
+    check_device(args.device)
 
 
 def _encoded(args: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:

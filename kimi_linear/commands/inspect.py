@@ -20,7 +20,9 @@ from kimi_linear.commands.arguments import (
     DONE,
     UsageError,
     add_baseline,
+    add_device,
     add_preset,
+    check_device,
     console,
     preset_of,
     refuse_preset,
@@ -45,13 +47,14 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder")
     add_preset(p)
     add_baseline(p)
-    p.add_argument("--device", default="cpu", help="whose kernels to look up: cpu or cuda:N (default cpu)")
+    add_device(p, "whose kernels to look up: ")
     p.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     refuse_preset(args)
+    check_device(args.device)
     if not args.model and not args.preset:
         raise UsageError("expected --model or --preset")
     checkpoint = Checkpoint(args.model) if args.model else None

@@ -136,6 +136,9 @@ USAGE = {
     "unheard layers": ["inspect", "--model", "{made}", "--layers", "3"],
     "unheard baseline": ["bench", "--model", "{made}", "--baseline", "mla"],
     "no model": ["inspect"],
+    "no layers": ["inspect", "--preset", "tiny", "--layers", "0"],
+    "no such device": ["inspect", "--preset", "tiny", "--device", "cuda:99"],
+    "no device": ["generate", "--model", "{made}", "--prompt", "a", "--device", "tpu"],
     "no context": ["bench", "--context", "0"],
     "no baseline": ["bench", "--baseline", "transformer"],
 }
