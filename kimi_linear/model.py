@@ -131,8 +131,8 @@ class KimiLinear(nn.Module):
         are written in place, at `positions` only, and read up to `window`, which is more than any position. Returns
         the logits [B, vocab] in float32, and the states and inputs behind the step.
         """
-        seen = torch.arange(window, device=ids.device) <= positions[:, None]
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=ids.device).masked_fill_(~seen, float("-inf"))[:, None]
+        later = torch.arange(window, device=ids.device) > positions[:, None]
+        mask = torch.where(later, float("-inf"), 0.0).to(self.dtype)[:, None]
         x, kda, mla, after = F.embedding(ids, self.embed), iter(zip(inputs, states, strict=True)), iter(latents), []
         for block in self.layers:
             if block.kind == KDA:
