@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reports import collect, load
+from reports import claims, collect, load
 
 DONE, USAGE = 0, 2
 EPILOG = """\
@@ -15,6 +15,7 @@ exit code  0 done; 1 a command of collect failed; 2 usage, or a file that is no 
 examples   python -m reports build results --out report
            python -m reports build results verify.jsonl --out report --markdown --png slides
            python -m reports collect --device cpu --minutes 20
+           python -m reports claims results
 """
 
 
@@ -41,6 +42,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "collect", help="verify, tune and benchmark within a time box", epilog=EPILOG, formatter_class=wide
     )
     collect.configure(p)
+    p = commands.add_parser("claims", help="the paper's claims beside ours", epilog=EPILOG, formatter_class=wide)
+    claims.configure(p)
     return parser.parse_args(arguments)
 
 

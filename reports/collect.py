@@ -22,6 +22,7 @@ from pathlib import Path
 import filelock
 
 from reports import load
+from reports.claims import FORMS, OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kda_spec", "impls", "verify", "autotune", "kimi_linear")
@@ -69,10 +70,19 @@ def _tuned(op: str) -> Step:
     return Step(f"tune {op}", (*_TUNE, op, *_TUNED, f"{_TABLE}{op}.json"), 3, f"trials-{op}.json", (0, 1), resumes=True)
 
 
+_TESTS = ("pytest", "-q", "-m", "")
+
+
+def _tested(name: str, file: str) -> Step:
+    return Step(name, (*_TESTS, f"tests/kda_spec/{file}"), 0.5, f"{name.replace(' ', '-')}.log", (0, 1))
+
+
 CPU = (
     Step("verify", ("verify", "--json", "{folder}/verify.jsonl"), 3, "verify.jsonl", _JUDGED),
-    Step("model verify", ("verify", "kimi_linear", "--json", "{folder}/model.jsonl"), 1, "model.jsonl", _JUDGED),
+    Step("model verify", ("verify", "kimi_linear", "--json", "{folder}/model.jsonl"), 2, "model.jsonl", _JUDGED),
     Step("self-test", ("verify", "--self-test", "--json", "{folder}/self-test.jsonl"), 4, "self-test.jsonl", (0, 1, 4)),
+    _tested(FORMS, "test_spec_forms.py"),
+    _tested(OBJECTIVES, "test_spec_family.py"),
     _tuned("chunk_torch"),
     _tuned("recurrent_torch"),
     Step("bench", (*_BENCH, "--cases", "small-*,t1024-*"), 2, "bench.json", (0, 1), resumes=True),

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from reports import style
 from reports.figure import Figure, Section, Table
 from reports.load import Result
-from reports.sections import collections, pictures, sections, sources
+from reports.sections import claimed, collections, pictures, sections, sources
 
 PAGE, SUMMARY = "report.html", "report.md"
 CELLS = 400
@@ -38,7 +38,8 @@ def html(results: list[Result], found: list[Section], now: str) -> str:
     )  # fmt: skip
     template = environment.get_template("page.html.j2")
     return template.render(
-        sections=found, sources=sources(results), collections=collections(results), now=now, picture=_picture,
+        sections=found, sources=sources(results), collections=collections(results), claims=claimed(results),
+        now=now, picture=_picture,
         light=Markup(style.variables(style.LIGHT)), dark=Markup(style.variables(style.DARK)),
     )  # fmt: skip
 
@@ -67,6 +68,7 @@ def summary(results: list[Result], found: list[Section], now: str) -> str:
                 "",
             ]
             lines += ["<details><summary>Table</summary>", "", *markdown_table(figure.table), "", "</details>", ""]
+    lines += ["## The paper, checked", "", *markdown_table(claimed(results)), ""]
     lines += ["## Results", "", *markdown_table(sources(results)), ""]
     if steps := collections(results):
         lines += markdown_table(steps)

@@ -1,6 +1,8 @@
 """What a report has to say, in its order: a section for each question, whether there are results for it or not."""
 
-from reports import counting, models, timing, tuning, verification
+from dataclasses import astuple
+
+from reports import claims, counting, models, timing, tuning, verification
 from reports.figure import Figure, Section, Table
 from reports.load import Result
 
@@ -64,6 +66,12 @@ def sources(results: list[Result]) -> Table:
             (origin.file, result.kind, origin.device, versions, (origin.date or "not recorded")[:16].replace("T", " "))
         )
     return Table.of(("file", "kind", "device", "versions", "date, UTC"), rows)
+
+
+def claimed(results: list[Result]) -> Table:
+    """Return the paper's claims beside ours."""
+    names = ("claim", "in the paper", "paper", "ours", "device", "from")
+    return Table.of(names, [astuple(row) for row in claims.rows(results)])
 
 
 def collections(results: list[Result]) -> Table | None:
