@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS =
+MINUTES = 20
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +22,7 @@ CHECK_PYTHON = { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help verify test test-all bench peers clean
+.PHONY: help verify test test-all bench report peers clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='...'] [TORCH_INDEX=URL of PyTorch's CPU index, to do without CUDA packages]"
@@ -41,6 +42,10 @@ test-all: $(TEST) ## like test, with the slow tier
 
 bench: $(TEST) ## time the operations on this CPU, beside the peers that are installed; a JSON under results/
 	$(BIN)/python -m pytest tests/benchmarks -m "" --benchmark-enable --results results $(ARGS)
+
+report: $(TEST) ## verify, tune and time this CPU for MINUTES=20, then build/report/report.html of all results
+	$(BIN)/python -m reports collect --device cpu --minutes $(MINUTES) $(ARGS) || test $$? -eq 7
+	$(BIN)/python -m reports build results impls/tuned --out build/report --markdown
 
 peers: $(PEERS) ## install other people's implementations next to ours
 	@echo "== peers are installed in $(VENV)"
