@@ -133,7 +133,7 @@ class _Filler:
         place = self.parameters[each.into][each.at or slice(None)]
         if first or rows.numel() < place.numel():
             place = place[first : first + len(rows)]
-        if torch.isnan(rows).any():
+        if not rows.sum().isfinite() and rows.isnan().any():  # the sum alone takes a twentieth of the time
             warnings.warn(f"{name} holds NaN", RuntimeWarning, stacklevel=2)
         place.copy_(rows.reshape(place.shape))
 

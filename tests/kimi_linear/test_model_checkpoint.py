@@ -215,6 +215,15 @@ def test_nan_is_warned_of_by_name(broken):
         KimiLinear.from_pretrained(broken)
 
 
+def test_infinite_weights_are_no_nan(broken, recwarn):
+    def infinite(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"].view(-1)[:2] = torch.tensor([float("inf"), float("-inf")])
+
+    rewrite(broken, infinite)
+    KimiLinear.from_pretrained(broken)
+    assert not recwarn.list
+
+
 def test_a_folder_that_is_none_is_named(tmp_path):
     with pytest.raises(ConfigError, match="config.json"):
         KimiLinear.from_pretrained(tmp_path / "nowhere")
