@@ -41,7 +41,13 @@ class Checkpoint:
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Return what the shards that are there hold, by name."""
-        return {name: entry for shard in self.shards.values() for name, entry in shard.entries.items()}
+        found = (item for shard in self.shards.values() for item in shard.entries.items())
+        return {self.renamed.get(name, name): entry for name, entry in found}
+
+    @cached_property
+    def renamed(self) -> dict[str, str]:
+        """Return other names of tensors, and the ones that they are known by here."""
+        return {each.alias: name for name, each in self.wanted.items() if each.alias}
 
     @cached_property
     def wanted(self) -> dict[str, Stored]:
@@ -55,8 +61,8 @@ class Checkpoint:
 
     def problems(self) -> list[str]:
         """Return everything that keeps the weights from being loaded, one line for each kind."""
-        absent = {tensor for tensor, shard in self.weight_map.items() if shard not in self.shards}
-        known = self.entries.keys() | absent
+        absent = [tensor for tensor, shard in self.weight_map.items() if shard not in self.shards]
+        known = self.entries.keys() | {self.renamed.get(tensor, tensor) for tensor in absent}
         faults = {
             "missing": [name for name in self.wanted if name not in known],
             "unexpected": sorted(self.entries.keys() - self.wanted.keys()),
@@ -65,9 +71,9 @@ class Checkpoint:
                 f"{name} ({entry.dtype})" for name, entry in self.entries.items() if entry.dtype not in DTYPES
             ],
             "in another shard than the index says": [
-                name
-                for name, entry in self.entries.items()
-                if self.weight_map.get(name, entry.shard.name) != entry.shard.name
+                entry.name
+                for entry in self.entries.values()
+                if self.weight_map.get(entry.name, entry.shard.name) != entry.shard.name
             ],
         }
         truncated = [shard.truncated for shard in self.shards.values() if shard.truncated]

@@ -128,6 +128,7 @@ class KimiConfig:
     @classmethod
     def from_json(cls, data: dict) -> "KimiConfig":
         """Return the configuration that the object of a config.json describes; ConfigError where there is none."""
+        data = _as_released(data)
         _refuse_unsupported(data)
         values, data = {}, {"dtype": data.get("torch_dtype")} | data  # its name until transformers 4.56
         for each in fields(cls):
@@ -231,6 +232,22 @@ def _made(cls, values: dict) -> KimiConfig:
     if missing := [key for name, key in keyed.items() if name not in values]:
         raise ConfigError(f"missing keys: {', '.join(missing)}")
     return cls(**values)
+
+
+def _as_released(data: dict) -> dict:
+    """Return the keys of the released file for those that transformers writes of a model that it has made itself."""
+    kinds = data.get("layer_types")
+    if "linear_attn_config" in data or not isinstance(kinds, list):
+        return data
+    names = {"kda_layers": "linear_attention", "full_attn_layers": "full_attention"}
+    lists = {name: [i for i, kind in enumerate(kinds, 1) if kind == wanted] for name, wanted in names.items()}
+    sizes = {"num_heads": "num_heads", "head_dim": "head_dim", "short_conv_kernel_size": "conv_kernel_dim"}
+    sizes = {name: data.get(f"linear_{old}") for name, old in sizes.items()}
+    ffn = data.get("mlp_layer_types") or []
+    dense = ffn.index("sparse") if "sparse" in ffn else len(ffn)
+    if "dense" in ffn[dense:]:
+        raise ConfigError(f"mlp_layer_types must begin with the dense layers, got {ffn}")
+    return data | {"linear_attn_config": lists | sizes} | ({"first_k_dense_replace": dense} if ffn else {})
 
 
 def _layers(data: dict) -> tuple[int, tuple[str, ...]]:

@@ -4,7 +4,7 @@ Matrices that read the same input lie in one parameter, one after the other, so 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from kimi_linear.config import KDA, KimiConfig
@@ -25,6 +25,8 @@ class Stored:
     """Which part of it: an index; () for all of it."""
     also: tuple[tuple[int, ...], ...] = ()
     """Other shapes in which other checkpoints store it."""
+    alias: str | None = None
+    """Another name that it may have."""
     padded: bool = False
     """Whether it may be one-dimensional and longer, zeros beyond its elements (A_log of Kimi K3)."""
 
@@ -55,7 +57,8 @@ def stored(config: KimiConfig) -> Iterator[Stored]:
         yield from mixer(config, f"{there}.self_attn", f"{here}.mixer")
         yield Stored(f"{there}.post_attention_layernorm.weight", (D,), f"{here}.ffn_norm")
         if i < config.dense_layers:
-            yield from _mlp(f"{there}.mlp", f"{here}.ffn", D, config.intermediate_size)
+            for each in _mlp(f"{there}.mlp", f"{here}.ffn", D, config.intermediate_size):  # the alias: transformers
+                yield replace(each, alias=each.name.replace(".mlp.", ".block_sparse_moe."))
         else:
             yield from _experts(config, f"{there}.block_sparse_moe", f"{here}.ffn")
     yield Stored("model.norm.weight", (D,), "norm")

@@ -24,6 +24,7 @@ class CheckpointError(ValueError):
 class Entry:
     """One tensor as a shard's header describes it."""
 
+    name: str
     shard: Path
     dtype: str
     shape: tuple[int, ...]
@@ -58,7 +59,7 @@ def header(path: Path) -> Shard:
                 raise CheckpointError(f"{path}: expected a safetensors file, its header is cut off or too long")
             size = file.seek(0, 2)
         data = json.loads(text)
-        entries = {name: _entry(path, about) for name, about in data.items() if name != "__metadata__"}
+        entries = {name: _entry(name, path, about) for name, about in data.items() if name != "__metadata__"}
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.name} is absent") from error
     except CheckpointError:
@@ -69,18 +70,19 @@ def header(path: Path) -> Shard:
     return Shard(path, entries, size, promised)
 
 
-def _entry(path: Path, about: dict) -> Entry:
+def _entry(name: str, path: Path, about: dict) -> Entry:
     begin, end = about["data_offsets"]
     shape, dtype = tuple(about["shape"]), about["dtype"]
     if not isinstance(dtype, str) or not all(type(x) is int and x >= 0 for x in (*shape, begin, end)) or begin > end:
         raise ValueError(f"a tensor described as {about}")
-    return Entry(path, dtype, shape, begin, end)
+    return Entry(name, path, dtype, shape, begin, end)
 
 
 def read(wanted: Iterable[tuple[str, Entry]], take: Callable[[str, torch.Tensor, int], None]) -> Iterator[int]:
     """Call take(name, rows, first) with mapped rows of every tensor, in the order of the files; yield bytes read.
 
-    What `take` is given lives until it returns: it copies. CheckpointError where the library refuses a file.
+    wanted: names to call it with, which may differ from those in the files, and what to read. What `take` is given
+    lives until it returns: it copies. CheckpointError where the library refuses a file.
     """
     by_shard: dict[Path, list[tuple[str, Entry]]] = {}
     for name, entry in wanted:
@@ -89,8 +91,8 @@ def read(wanted: Iterable[tuple[str, Entry]], take: Callable[[str, torch.Tensor,
         for part in _parts(sorted(entries, key=lambda x: x[1].begin)):
             try:
                 with safe_open(path, framework="pt") as file:
-                    for name, first, last in part:
-                        rows = file.get_slice(name)[first:last] if last is not None else file.get_tensor(name)
+                    for name, own, first, last in part:
+                        rows = file.get_slice(own)[first:last] if last is not None else file.get_tensor(own)
                         take(name, rows, first)
                         size = rows.nbytes
                         del rows
@@ -99,14 +101,14 @@ def read(wanted: Iterable[tuple[str, Entry]], take: Callable[[str, torch.Tensor,
                 raise CheckpointError(f"{path}: {error}") from error
 
 
-def _parts(entries: list[tuple[str, Entry]]) -> Iterator[list[tuple[str, int, int | None]]]:
-    """Yield lists of (name, first row, last row or None for all) of about MAPPED_BYTES each."""
+def _parts(entries: list[tuple[str, Entry]]) -> Iterator[list[tuple[str, str, int, int | None]]]:
+    """Yield lists of (name, name in the file, first row, last row or None for all) of about MAPPED_BYTES each."""
     part, size = [], 0
     for name, entry in entries:
         step = max(1, MAPPED_BYTES * entry.shape[0] // max(1, entry.end - entry.begin)) if entry.shape else 1
         whole = len(entry.shape) < 2 or step >= entry.shape[0]
         for first in [0] if whole else range(0, entry.shape[0], step):
-            part.append((name, first, None if whole else min(first + step, entry.shape[0])))
+            part.append((name, entry.name, first, None if whole else min(first + step, entry.shape[0])))
             size += (entry.end - entry.begin) if whole else prod(entry.shape[1:]) * step * 4
             if size >= MAPPED_BYTES:
                 yield part

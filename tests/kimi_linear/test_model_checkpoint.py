@@ -99,6 +99,16 @@ def test_decays_are_read_in_every_shape_that_they_are_stored_in(broken, model, s
     assert torch.equal(read.dt_bias, model.layers[0].mixer.dt_bias)
 
 
+def test_a_dense_layer_may_be_named_as_transformers_saves_it(broken, model):
+    def renamed(tensors):
+        for name in [name for name in tensors if ".0.mlp." in name]:
+            tensors[name.replace(".mlp.", ".block_sparse_moe.")] = tensors.pop(name)
+
+    rewrite(broken, renamed)
+    found = state(KimiLinear.from_pretrained(broken))
+    assert all(torch.equal(x, found[name]) for name, x in state(model).items())
+
+
 def test_padding_that_is_not_zero_is_refused(broken):
     rewrite(broken, lambda tensors: tensors.update({"model.layers.0.self_attn.A_log": torch.ones(128)}))
     with pytest.raises(CheckpointError, match="A_log must be zero beyond its 4 elements"):

@@ -117,6 +117,37 @@ def test_the_dtype_may_have_its_old_name():
     assert KimiConfig.from_json(old).dtype == "float16"
 
 
+def as_transformers_writes_it(**changes) -> dict:
+    linear = RELEASED["linear_attn_config"]
+    kinds = ["linear_attention" if i in linear["kda_layers"] else "full_attention" for i in range(1, 28)]
+    own = {"layer_types": kinds, "mlp_layer_types": ["dense"] + ["sparse"] * 26, "linear_num_heads": 32}
+    own |= {"linear_head_dim": 128, "linear_conv_kernel_dim": 4}
+    return (
+        {key: x for key, x in RELEASED.items() if key not in ("linear_attn_config", "first_k_dense_replace")}
+        | own
+        | changes
+    )
+
+
+def test_the_keys_of_transformers_are_read():
+    assert KimiConfig.from_json(as_transformers_writes_it()) == PRESETS["kimi-linear-48b-a3b"]
+    dense = KimiConfig.from_json(as_transformers_writes_it(mlp_layer_types=["dense"] * 27))
+    assert dense.dense_layers == 27
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_layer_types": ["sparse", "dense"] + ["sparse"] * 25}, "must begin with the dense layers"),
+        ({"layer_types": ["sliding_attention"] * 27}, "name each of 27 layers once"),
+        ({"linear_head_dim": None}, "missing keys: linear_attn_config.head_dim"),
+    ],
+)
+def test_keys_of_transformers_that_fit_no_model_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        KimiConfig.from_json(as_transformers_writes_it(**changes))
+
+
 def test_missing_keys_are_named_together():
     data = {key: value for key, value in RELEASED.items() if key not in ("hidden_size", "num_experts")}
     with pytest.raises(ConfigError, match="missing keys: hidden_size, num_experts"):

@@ -77,6 +77,24 @@ def test_logits_are_those_of_transformers(theirs, tmp_path, ids, differs, varian
             assert differs(ours.decode(chosen, cache), out.logits[:, -1]) < RELATIVE
 
 
+def test_what_transformers_saves_is_read(theirs, tmp_path, ids, differs):
+    from transformers import KimiLinearConfig
+
+    torch.manual_seed(0)
+    config = KimiLinearConfig(
+        hidden_size=64, vocab_size=512, num_hidden_layers=5, num_attention_heads=2, num_key_value_heads=2,
+        linear_num_heads=2, linear_head_dim=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+        intermediate_size=96, moe_intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, initializer_range=0.1,
+    )  # fmt: skip
+    model = theirs(config).eval()
+    model.save_pretrained(tmp_path)
+    ours = KimiLinear.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(ids(2, PROMPT)).logits
+    assert differs(torch.stack(ours.prefill(ids(2, PROMPT), ours.cache(2, PROMPT), logits="all")), expected) < RELATIVE
+
+
 def test_greedy_ids_are_those_of_transformers(theirs, tmp_path, ids):
     ours, model = both(theirs, TINY, tmp_path)
     ids = ids(2, PROMPT)
