@@ -24,7 +24,8 @@ class ShortConvolution:
     """Hold causal depthwise convolutions with SiLU of q, k and v, and what they remember.
 
     A ring [S, R, D] keeps the raw input of position p of a slot's sequence in row p mod R; R >= W - 1 + T, so that a
-    step never writes a row that it reads.
+    step never writes a row that it reads. A sequence's ring is that of its slot; where each token has a slot, that of
+    the first, whichever the step starts from: as long as a sequence lives its first slot must stay the same.
     """
 
     q_weight: torch.Tensor
@@ -38,7 +39,7 @@ class ShortConvolution:
     v_ring: torch.Tensor
     """[S, R, HV * V]."""
     position: torch.Tensor
-    """[N] int32 or int64: tokens that each sequence had before this step."""
+    """[N] int32 or int64, from 0 on: tokens that each sequence had before this step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +87,18 @@ def _torch() -> Callable:
     return decode_torch
 
 
+def _check_tensors(q, k, v, g, beta, step: Step, written: dict[str, torch.Tensor | None]) -> None:
+    """Refuse tensors that autograd would differentiate by, and what is written and shares memory with anything."""
+    read = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": step.call.A_log, "dt_bias": step.call.dt_bias,
+            "state": step.state, "ssm_state_indices": step.indices, "num_accepted_tokens": step.accepted}  # fmt: skip
+    for part in (step.convolution, step.norm):
+        read |= {name: x for name, x in (vars(part) if part else {}).items() if isinstance(x, torch.Tensor)}
+    checks.check_inference(read.values())
+    if step.final_state.data_ptr() == step.state.data_ptr():
+        written = written | {"final_state": None}
+    checks.check_memory(written, read)
+
+
 STEPS = {"decode_triton": _triton, "decode_torch": _torch}
 """Name -> what imports it: Triton for a GPU (and its interpreter), torch for a CPU."""
 
@@ -115,11 +128,13 @@ def decode_kda(
         state: the pool [S, HV, K, V], or [S, HV, V, K] with state_v_first, float32 or bfloat16, contiguous. Work is in
             float32; a bfloat16 pool rounds what is stored.
         ssm_state_indices: the slot of each sequence [N], or of each of its tokens [N, T], int32 or int64; None for slot
-            n of sequence n. Sequences whose slot is -1 are padding: nothing of theirs is read or written, their o is 0.
-            No two sequences may share a slot that is written.
+            n of sequence n. Sequences whose slot, that from which they start or that of their ring, is -1 are padding:
+            nothing of theirs is read or written, their o is 0. A later token whose slot is -1 leaves no state. No slot
+            may be named twice.
         num_accepted_tokens: [N], from 1 to T, with indices [N, T]: the step starts from the state that the token of
             that number left; None for the first slot.
         final_state: another pool of this shape and dtype, written in the place of `state`, which is then left alone.
+            It and out share no memory with anything else, unless it is `state` itself.
         convolution, norm: what else is fused into the step.
         out: where o is written, contiguous.
         implementation: decode_triton or decode_torch; None for what fits q's device.
@@ -128,14 +143,14 @@ def decode_kda(
             use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first: as for `impls.fused_recurrent_kda`.
 
     Raises TypeError and ValueError with what was expected and what came. Values of indices are checked on a CPU; on a
-    GPU nothing is waited for: a slot that does not exist is treated as padding, a number of tokens is clamped.
+    GPU decode_triton waits for nothing: a slot that does not exist is treated as padding, a number of tokens and a
+    position are clamped.
     """
     check_inputs(q, k, v, g, beta)
     call = checked(q, k, v, g, beta, chunk_size=1, **checks.known(keywords))
-    checks.check_inference((q, k, v, g, beta, state, call.A_log, call.dt_bias))
     checks.check_step(q, v, state, final_state, call.state_v_first)
     checks.check_slots(q, state, ssm_state_indices, num_accepted_tokens)
-    checks.check_convolution(q, v, state, convolution)
+    checks.check_convolution(q, v, state, ssm_state_indices, convolution)
     checks.check_norm(q, v, norm)
     checks.check_out(v, out)
     step = Step(
@@ -148,6 +163,7 @@ def decode_kda(
         norm=norm,
         out=torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out,
     )
+    _check_tensors(q, k, v, g, beta, step, {"out": out, "final_state": final_state})
     name = implementation or ("decode_torch" if q.device.type == "cpu" else "decode_triton")
     if name not in STEPS:
         raise KeyError(f"unknown implementation {name!r}; known: {', '.join(STEPS)}")

@@ -1,8 +1,10 @@
 """Check the arguments of a decode step: `impls.decode`."""
 
+import math
+
 import torch
 
-from impls.checks import check_device, check_dtype, check_shape, check_tensor, wants_gradient
+from impls.checks import DTYPES, check_device, check_dtype, check_shape, check_tensor, wants_gradient
 
 KEYWORDS = (
     "scale", "A_log", "dt_bias", "lower_bound", "use_qk_l2norm_in_kernel", "use_gate_in_kernel",
@@ -26,7 +28,7 @@ def known(keywords: dict) -> dict:
 
 def _contiguous(name: str, x: torch.Tensor) -> None:
     if not x.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, since it is written in place, got strides {list(x.stride())}")
+        raise ValueError(f"{name} must be contiguous, got strides {list(x.stride())}")
 
 
 def check_inference(tensors) -> None:
@@ -75,7 +77,7 @@ def check_slots(q, state, indices, accepted) -> None:
         if indices is None or indices.ndim != 2:
             raise ValueError("num_accepted_tokens needs ssm_state_indices [N, T], a slot for each token")
     if q.device.type == "cpu":
-        _check_values(S, T, indices, accepted)
+        _check_values(S, T, indices, accepted, None)
 
 
 def _index(name: str, x, q) -> None:
@@ -85,7 +87,7 @@ def _index(name: str, x, q) -> None:
     _contiguous(name, x)
 
 
-def _check_values(S: int, T: int, indices, accepted) -> None:
+def _check_values(S: int, T: int, indices, accepted, position) -> None:
     if indices is not None and indices.numel():
         if not -1 <= int(indices.min()) <= int(indices.max()) < S:
             raise ValueError(
@@ -98,12 +100,18 @@ def _check_values(S: int, T: int, indices, accepted) -> None:
         raise ValueError(
             f"num_accepted_tokens must be from 1 to {T}, got {int(accepted.min())} to {int(accepted.max())}"
         )
+    if position is not None:
+        used = position if indices is None else position[indices.reshape(len(indices), -1)[:, 0] >= 0]
+        if used.numel() and int(used.min()) < 0:
+            raise ValueError(f"convolution.position must be from 0 on, got {int(used.min())}")
 
 
-def check_convolution(q, v, state, convolution) -> None:
-    """Check weights [D, W], rings [S, R, D] and positions [N] of the short convolutions."""
+def check_convolution(q, v, state, indices, convolution) -> None:
+    """Check weights [D, W], rings [S, R, D] and positions [N] of the short convolutions; on a CPU values as well."""
     if convolution is None:
         return
+    for name, x in vars(convolution).items():
+        check_tensor(f"convolution.{name}", x)
     N, T = q.shape[:2]
     W, R = (x.shape[1] if x.ndim > 1 else 0 for x in (convolution.q_weight, convolution.q_ring))
     if W not in WIDTHS:
@@ -115,22 +123,31 @@ def check_convolution(q, v, state, convolution) -> None:
         weight, ring = (getattr(convolution, f"{name}_{part}") for part in ("weight", "ring"))
         check_shape(f"convolution.{name}_weight", weight, "D, W", (D, W))
         check_shape(f"convolution.{name}_ring", ring, "S, R, D", (state.shape[0], R, D))
+        check_dtype(f"convolution.{name}_weight", weight, DTYPES)
         check_dtype(f"convolution.{name}_ring", ring, (q.dtype, torch.float32))
         for part, x in ((f"{name}_weight", weight), (f"{name}_ring", ring)):
             check_device(f"convolution.{part}", x, q.device)
             _contiguous(f"convolution.{part}", x)
+    if len({getattr(convolution, f"{name}_ring").data_ptr() for name in "qkv"}) < 3 and convolution.q_ring.numel():
+        raise ValueError("convolution.q_ring, k_ring and v_ring must share no memory, got one for two of them")
     _index("convolution.position", convolution.position, q)
     check_shape("convolution.position", convolution.position, "N", (N,))
+    if q.device.type == "cpu":
+        _check_values(state.shape[0], T, indices, None, convolution.position)
 
 
 def check_norm(q, v, norm) -> None:
     """Check the weight [V], the gate [N, T, HV, V] and the activation of the gated norm."""
     if norm is None:
         return
-    check_shape("norm.weight", norm.weight, "V", (v.shape[3],))
-    check_shape("norm.gate", norm.gate, "N, T, HV, V", tuple(v.shape))
-    for name in ("weight", "gate"):
-        check_device(f"norm.{name}", getattr(norm, name), q.device)
+    for name, letters, shape in (("weight", "V", (v.shape[3],)), ("gate", "N, T, HV, V", tuple(v.shape))):
+        x = getattr(norm, name)
+        check_tensor(f"norm.{name}", x)
+        check_shape(f"norm.{name}", x, letters, shape)
+        check_dtype(f"norm.{name}", x, DTYPES)
+        check_device(f"norm.{name}", x, q.device)
+    if not isinstance(norm.epsilon, (int, float)) or not 0 <= norm.epsilon < math.inf:
+        raise ValueError(f"norm.epsilon must be a number from 0 on, got {norm.epsilon!r}")
     if norm.activation not in ACTIVATIONS:
         raise ValueError(f"norm.activation must be one of {', '.join(ACTIVATIONS)}, got {norm.activation!r}")
 
@@ -144,3 +161,21 @@ def check_out(v, out) -> None:
     check_dtype("out", out, (v.dtype,))
     check_device("out", out, v.device)
     _contiguous("out", out)
+
+
+def check_memory(written: dict[str, torch.Tensor | None], read: dict[str, torch.Tensor | None]) -> None:
+    """Refuse what is written and shares memory with anything else: programs would read what others have written."""
+    theirs = {name: x for name, x in written.items() if x is not None}
+    while theirs:
+        name, x = theirs.popitem()
+        first, last = _extent(x)
+        for other, y in (read | theirs).items():
+            if y is None or last <= y.data_ptr() or _extent(y)[1] <= first:
+                continue
+            raise ValueError(f"{name} must share no memory with {other}, since a step writes it")
+
+
+def _extent(x: torch.Tensor) -> tuple[int, int]:
+    """Return the addresses of the first byte of x, and behind its last one."""
+    elements = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.data_ptr(), x.data_ptr() + (elements * x.element_size() if x.numel() else 0)

@@ -37,11 +37,15 @@ def _used(step: Step, N: int, device: torch.device) -> tuple[torch.Tensor, torch
     if step.indices is None:
         rows = torch.arange(N, device=device)
         return rows, rows
-    first = _first(step) >= 0
+    used = _there(step, _first(step))
     if step.convolution and step.per_token:
-        first &= step.indices[:, 0] >= 0
-    rows = first.nonzero()[:, 0]
+        used &= _there(step, step.indices[:, 0])
+    rows = used.nonzero()[:, 0]
     return rows, step.indices[rows].long()
+
+
+def _there(step: Step, slots: torch.Tensor) -> torch.Tensor:
+    return (slots >= 0) & (slots < len(step.state))
 
 
 def _first(step: Step) -> torch.Tensor:
@@ -49,7 +53,7 @@ def _first(step: Step) -> torch.Tensor:
     if not step.per_token:
         return step.indices
     at = torch.zeros_like(step.indices[:, 0]) if step.accepted is None else step.accepted - 1
-    return step.indices.gather(1, at.long()[:, None])[:, 0]
+    return step.indices.gather(1, at.long().clamp(0, step.indices.shape[1] - 1)[:, None])[:, 0]
 
 
 def _starts(step: Step, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -62,7 +66,7 @@ def _rings(step: Step, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 def _put(step: Step, S: torch.Tensor, slots: torch.Tensor) -> None:
     """Store states in the slots that exist: a token may have none."""
-    there = slots >= 0
+    there = _there(step, slots)
     step.final_state[slots[there]] = S[there].to(step.final_state.dtype)
 
 
@@ -79,7 +83,7 @@ def _token(inputs: list[torch.Tensor], S: torch.Tensor, step: Step) -> tuple[tor
 def _convolved(x: list[torch.Tensor], by: ShortConvolution, rows: torch.Tensor, slots: torch.Tensor):
     """Return q, k, v [n, T, heads, channels] behind their convolutions, in float32; the rings take in the inputs."""
     T, R, W = x[0].shape[1], by.q_ring.shape[1], by.q_weight.shape[1]
-    positions = by.position[rows].long()[:, None] + torch.arange(1 - W, T, device=slots.device)
+    positions = by.position[rows].long().clamp(min=0)[:, None] + torch.arange(1 - W, T, device=slots.device)
     before, behind, found = positions[:, : W - 1], positions[:, W - 1 :], []
     for name, own in zip("qkv", x, strict=True):
         weight, ring = getattr(by, f"{name}_weight"), getattr(by, f"{name}_ring")

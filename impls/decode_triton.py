@@ -75,7 +75,7 @@ def decode(
     used = (slot >= 0) & (slot < slots)
     slot = tl.where(used, slot, 0)
     if W > 0:
-        start = tl.load(position + i_n).to(tl.int64)
+        start = tl.maximum(tl.load(position + i_n).to(tl.int64), 0)
         # one ring serves a sequence whichever of its slots it goes on from: that of its first token
         of_ring = slot
         if PER_TOKEN:

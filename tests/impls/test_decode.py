@@ -159,6 +159,8 @@ def test_padding_writes_nothing_but_zeros_into_its_own_output(name, case):
     made = drawn(**case)
     made.indices[1] = -1
     made.inputs[2][1] = torch.nan
+    if made.convolution:
+        made.convolution.position[1] = -1
     pools = [made.state, *((made.convolution.q_ring, made.convolution.v_ring) if made.convolution else ())]
     before = [x.clone() for x in pools]
     o = made.step(name)
@@ -278,13 +280,43 @@ def test_a_step_waits_for_nothing_and_allocates_nothing(monkeypatch):
     assert not spy.seen
 
 
-def test_wrong_slots_on_a_device_are_padding(monkeypatch):
-    """Values are not read there: a kernel masks them."""
+@pytest.fixture
+def unread(monkeypatch):
+    """As on a device, where no value is looked at before a step."""
     monkeypatch.setattr("impls.decode_checks._check_values", lambda *values: None)
-    made = drawn()
-    made.indices[1], before = 7, made.state.clone()
-    o = made.step("decode_triton")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("slot", [7, -5, 2**40])
+def test_wrong_slots_on_a_device_are_padding(unread, name, slot):
+    made = drawn(W=3)
+    made.indices[1], before, ring = slot, made.state.clone(), made.convolution.q_ring.clone()
+    o = made.step(name)
     assert not o[1].any() and torch.equal(made.state[[0, 1, 2, 3, 6]], before[[0, 1, 2, 3, 6]])
+    assert torch.equal(made.convolution.q_ring[[0, 1, 2, 3, 6]], ring[[0, 1, 2, 3, 6]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_numbers_on_a_device_are_clamped(unread, name):
+    """Positions before the first token would write into another ring, accepted tokens beyond the last read nowhere."""
+    wrong, right = (drawn(T=2, N=2, W=3) for _ in range(2))
+    wrong.indices = right.indices = torch.tensor([[5, 2], [4, 3]])
+    for made, positions in ((wrong, [-1, 4]), (right, [0, 4])):
+        made.convolution = replace(made.convolution, position=torch.tensor(positions))
+    o = wrong.step(name, num_accepted_tokens=torch.tensor([0, 9]))
+    assert torch.equal(o, right.step(name, num_accepted_tokens=torch.tensor([1, 2])))
+    assert torch.equal(wrong.state, right.state) and torch.equal(wrong.convolution.v_ring, right.convolution.v_ring)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sequence_is_padding_where_its_start_is_or_its_ring(name):
+    """Not where a later token has no slot: that one is computed, and leaves no state."""
+    made = drawn(T=2, S=9, W=2)
+    made.indices = torch.tensor([[-1, 2], [4, -1], [0, 6]])
+    before, ring = made.state.clone(), made.convolution.v_ring.clone()
+    o = made.step(name, num_accepted_tokens=torch.tensor([2, 2, 1]))
+    assert not o[:2].any() and bool(o[2].any(dim=(1, 2)).all())
+    assert torch.equal(made.state[[2, 4]], before[[2, 4]]) and torch.equal(made.convolution.v_ring[4], ring[4])
 
 
 REFUSED = {
@@ -302,17 +334,55 @@ REFUSED = {
     "another pool": ({}, {"final_state": torch.zeros(7, 2, 6, 5).bfloat16()}, "final_state must be like state"),
     "another layout": ({}, {"state_v_first": True}, r"S, HV, V, K\] = \[7, 2, 5, 6\]"),
     "another out": ({}, {"out": torch.zeros(3, 1, 2, 6)}, "out must have shape"),
+    "weights in int32": ({"W": 2}, {"convolution.k_weight": torch.ones(6, 2).int()}, "k_weight must be one of"),
+    "no weights": ({"W": 2}, {"convolution.q_weight": None}, "q_weight must be a torch.Tensor"),
+    "a ring's rows": ({"W": 2}, {"convolution.q_ring": torch.zeros(7, 1, 6)}, "at least W - 1 [+] T = 2 rows"),
+    "a position": ({"W": 2}, {"convolution.position": torch.tensor([0, -1, 3])}, "from 0 on, got -1"),
+    "norm's weight": ({"norm": "silu"}, {"norm.weight": [1.0] * 5}, "norm.weight must be a torch.Tensor"),
+    "norm's gate in int32": ({"norm": "silu"}, {"norm.gate": torch.ones(3, 1, 2, 5).int()}, "gate must be one of"),
+    "epsilon": ({"norm": "silu"}, {"norm.epsilon": -1.0}, "norm.epsilon must be a number from 0 on"),
+    "activation": ({"norm": "silu"}, {"norm.activation": "relu"}, "norm.activation must be one of"),
+    "a gradient": ({"norm": "silu"}, {"norm.weight": torch.ones(5).requires_grad_()}, "not differentiable"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
 def test_what_is_wrong_is_named_and_nothing_changes(case):
-    shape, others, message = case
-    made = drawn(**shape)
+    shape, changed, message = case
+    made, others = drawn(**shape), {}
+    for name, x in changed.items():
+        part, _, field = name.partition(".")
+        others[part] = replace(getattr(made, part), **{field: x}) if field else x
     before = made.state.clone()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         made.step("decode_torch", **others)
     assert torch.equal(made.state, before)
+
+
+SHARED = {
+    "out must share no memory with v": lambda made, room: {"out": made.inputs[2]},
+    "final_state must share no memory with state": lambda made, room: {"final_state": room[1:]},
+    "q_ring, k_ring and v_ring must share no memory": lambda made, room: {
+        "convolution": replace(made.convolution, k_ring=made.convolution.q_ring)
+    },
+}
+
+
+@pytest.mark.parametrize("message", SHARED)
+def test_what_is_written_shares_no_memory(message):
+    made, room = drawn(W=2), torch.ones(8, 2, 6, 5)
+    made.state = room[:7]
+    written = (room, made.inputs[2], made.convolution.q_ring)
+    before = [x.clone() for x in written]
+    with pytest.raises(ValueError, match=message):
+        made.step("decode_torch", **SHARED[message](made, room))
+    assert all(map(torch.equal, written, before))
+
+
+def test_a_pool_may_be_named_as_its_own_other_one():
+    first, second = drawn(), drawn()
+    assert torch.equal(first.step("decode_torch", final_state=first.state), second.step("decode_torch"))
+    assert torch.equal(first.state, second.state)
 
 
 def test_an_unknown_keyword_is_an_error():
