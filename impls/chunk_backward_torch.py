@@ -5,8 +5,9 @@ enter its chunks are recomputed, their gradients walk back over them, and all th
 the block together (`impls.tree_backward_torch`). Memory is inputs, gradients, a state for every block, and one block.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from impls.activations import compute_dtype
 from impls.checks import bounds_of
 from impls.choice import chunk_torch_config
+from impls.compiler_cpu import can_compile, compiled
 from impls.pages import room
 from impls.schedule import Span, blocks, gather, scatter
 from impls.sequences import flat, padded, runs_of
@@ -64,16 +66,74 @@ def _chains(spans: Iterator[list[Span]]) -> Iterator[list[list[Span]]]:
         yield chain
 
 
+@dataclass(frozen=True)
+class _Functions:
+    """Hold what works on chunks, compiled or not; `advance` and `retreat` write into their last arguments."""
+
+    recomputed: Callable
+    advance: Callable
+    retreat: Callable
+    within_gradients: Callable
+
+
+def advance(X_beta, k_before, k_after, total, v, S, residual, delta, S_next) -> None:
+    """Take the states S [lanes, K, V] over one chunk: write v - (k before) S, delta [lanes, C, V] and the next states.
+
+    X_beta: X diag(beta) [lanes, C, C]; k_before, k_after [lanes, C, K]; total [lanes, K]; v [lanes, C, V].
+    """
+    torch.sub(v, torch.bmm(k_before, S), out=residual)
+    torch.bmm(X_beta, residual, out=delta)
+    torch.mul(S, total.unsqueeze(-1), out=S_next).baddbmm_(k_after.mT, delta)
+
+
+def retreat(X_turned, beta, rows, k_after, total, of_A, dS_next, y, W, dS) -> None:
+    """Take the gradients dS_next [lanes, K, V] of states back over one chunk: write y, the second half of W, and dS.
+
+    X_turned: X^T [lanes, C, C]; beta [lanes, C, 1]; rows [lanes, 2C, K]; of_A: A^T do' [lanes, C, V]; W [lanes, 2C, V]
+    holds do' in its first half.
+    """
+    d_delta = torch.baddbmm(of_A, k_after, dS_next)
+    torch.bmm(X_turned, d_delta, out=y)
+    torch.mul(y, -beta, out=W[:, y.shape[1] :])
+    torch.mul(dS_next, total.unsqueeze(-1), out=dS).baddbmm_(rows.mT, W)
+
+
+_EAGER = _Functions(recomputed, advance, retreat, within_gradients)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(slots: int, lanes: int, C: int, K: int, V: int, dtype: torch.dtype, threads: int) -> _Functions:
+    """Return them for blocks of this shape, compiled for so many threads."""
+
+    def zeros(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        return [torch.zeros(shape, dtype=dtype) for shape in shapes]
+
+    R, fast = slots * lanes, dtype == torch.float32
+    per_token = [(R, C, K)] * 3
+    rows, square, state, values = (lanes, 2 * C, K), (lanes, C, C), (lanes, K, V), (lanes, C, V)
+    decayed = (lanes, C, K), (lanes, K)
+    of_advance = zeros(square, *decayed, values, state, values, values, state)
+    of_advance.insert(1, zeros(rows)[0][:, C:])
+    of_retreat = zeros(square, (lanes, C, 1), rows, *decayed, values, state, values, (lanes, 2 * C, V), state)
+    of_within = zeros(*per_token, (R, 2 * C, C), (R, 2 * C, K), (R, C, K), (R, K))
+    return _Functions(
+        compiled(recomputed, zeros(*per_token, (R, C, 1)), products=False),
+        compiled(advance, of_advance, products=fast),
+        compiled(retreat, of_retreat, products=fast),
+        compiled(within_gradients, of_within, products=False),
+    )
+
+
 class _Block:
     """Hold the tokens of a block [slots * lanes, C, channels], and what its chunks are without a state."""
 
-    def __init__(self, tokens, shape: tuple[int, int, int]):
-        self.shape, self.q, self.k, self.g = shape, *(x.flatten(0, 1) for x in tokens[:2]), tokens[3].flatten(0, 1)
+    def __init__(self, tokens, shape: tuple[int, int, int], recomputed: Callable):
+        self.shape, (self.q, self.k, self.g) = shape, (tokens[i].flatten(0, 1) for i in (0, 1, 3))
         self.v, self.beta = tokens[2], tokens[4]
         self.A, self.L, X, self.rows, self.k_after, self.total = (
             x.view(*shape[:2], *x.shape[1:]) for x in recomputed(self.q, self.k, self.g, self.beta.flatten(0, 1))
         )
-        self.X, self.X_beta = X, X * self.beta.mT
+        self.X_turned, self.X_beta, self.k_before = X.mT.contiguous(), X * self.beta.mT, self.rows[:, :, shape[2] :]
         self.residual, self.delta = (torch.empty_like(self.v) for _ in range(2))
 
 
@@ -85,7 +145,11 @@ class _Walk:
         self.initial, self.leaving, self.scale, self.together = initial, leaving, scale, together
         self.dtype, self.chunk = leaving.final.dtype, config.chunk_size
         self.sizes = tuple(padded(x) for x in leaving.final.shape[-2:])
-        self.slots = BLOCK_TOKENS // config.chunk_size
+        self.slots, self.lanes, self.functions = BLOCK_TOKENS // config.chunk_size, None, _EAGER
+        if config.compile and len(gradients[0]) and can_compile():
+            self.lanes = config.heads
+            shape = self.slots, self.lanes, self.chunk, *self.sizes
+            self.functions = _compiled(*shape, self.dtype, torch.get_num_threads())
 
     def back(self, chain: Sequence[list[Span]]) -> None:
         """Write the gradients of a chain of blocks."""
@@ -104,8 +168,8 @@ class _Walk:
 
     def gathered(self, x: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
         """Return tokens of x in a block [slots, lanes, C, channels]."""
-        last = spans[-1]
-        shape = last.slot + last.slots, max(span.lanes for span in spans), self.chunk
+        slots, lanes = spans[-1].slot + spans[-1].slots, max(span.lanes for span in spans)
+        shape = (self.slots, self.lanes, self.chunk) if self.lanes else (slots, lanes, self.chunk)
         return gather(x, spans, shape, self.tokens[2].shape[1], self.dtype, None)
 
     def replay(self, spans: Sequence[Span], S: torch.Tensor | None) -> tuple[_Block, torch.Tensor]:
@@ -115,14 +179,17 @@ class _Walk:
         """
         tokens = [self.gathered(x, spans) for x in self.tokens[:5]]
         slots, lanes, C, _ = tokens[0].shape
-        block, states = _Block(tokens, (slots, lanes, C)), tokens[0].new_empty((slots + 1, lanes, *self.sizes))
+        states = tokens[0].new_empty((slots + 1, lanes, *self.sizes))
+        block = _Block(tokens, (slots, lanes, C), self.functions.recomputed)
+        parts = block.X_beta, block.k_before, block.k_after, block.total, block.v
         for span in spans:
             if span.first == 0:
                 self.open(states[span.slot], span)
             elif span.slot == 0:
                 states[0] = _with_lanes(S, lanes)
             for i in range(span.slot, span.slot + span.slots):
-                self.advance(block, i, states[i], states[i + 1])
+                written = block.residual[i], block.delta[i], states[i + 1]
+                self.functions.advance(*(x[i] for x in parts), states[i], *written)
         return block, states
 
     def open(self, S: torch.Tensor, span: Span) -> None:
@@ -133,18 +200,11 @@ class _Walk:
             whole = S[: span.lanes].unflatten(0, (len(span.runs.order), -1))
             whole[..., :K, :V] = self.initial[list(span.runs.order), span.heads].to(S.dtype)
 
-    def advance(self, block: _Block, i: int, S: torch.Tensor, S_next: torch.Tensor) -> None:
-        """Take the states [lanes, K', V'] over chunk i of a block."""
-        k_before = block.rows[i, :, : self.chunk]
-        residual = torch.baddbmm(block.v[i], k_before, S, alpha=-1, out=block.residual[i])
-        delta = torch.bmm(block.X_beta[i], residual, out=block.delta[i])
-        torch.mul(S, block.total[i].unsqueeze(-1), out=S_next).baddbmm_(block.k_after[i].mT, delta)
-
     def retreat(self, spans, block: _Block, states: torch.Tensor, dS: torch.Tensor | None) -> torch.Tensor:
         """Write the gradients of a block; dS left its last chunk, and the gradient that enters the first returns."""
         do = torch.zeros_like(block.v) if self.tokens[5] is None else self.gathered(self.tokens[5], spans) * self.scale
-        W, y = torch.cat([do, do], 2), torch.empty_like(do)  # the first half of W follows
-        base = torch.matmul(block.A.mT, do)
+        W, y = torch.cat([do, do], 2), torch.empty_like(do)  # the second half of W follows
+        parts = block.X_turned, block.beta, block.rows, block.k_after, block.total, torch.matmul(block.A.mT, do)
         dstates = torch.empty_like(states)
         for span in reversed(spans):
             stop = span.slot + span.slots
@@ -153,7 +213,7 @@ class _Walk:
             elif stop == len(states) - 1:
                 dstates[stop] = _with_lanes(dS, states.shape[1])
             for i in reversed(range(span.slot, stop)):
-                self.step(block, i, base[i], y[i], W[i], dstates[i + 1], dstates[i])
+                self.functions.retreat(*(x[i] for x in parts), dstates[i + 1], y[i], W[i], dstates[i])
             if span.opens:
                 n = len(span.runs.order)
                 self.leaving.put(dstates[span.slot, : span.lanes].unflatten(0, (n, -1)), span.runs, span.heads)
@@ -165,24 +225,16 @@ class _Walk:
         dS.zero_()
         dS[: span.lanes] = self.leaving.take(span.runs, span.heads).flatten(0, 1)
 
-    def step(self, block: _Block, i: int, base, y, W, dS_next, dS) -> None:
-        """Take dS [lanes, K', V'] back over chunk i of a block, and find y and -dr, the first half of W."""
-        d_delta = torch.baddbmm(base, block.k_after[i], dS_next)
-        torch.bmm(block.X[i].mT, d_delta, out=y)
-        torch.mul(y, -block.beta[i], out=W[:, : self.chunk])
-        torch.mul(dS_next, block.total[i].unsqueeze(-1), out=dS).baddbmm_(block.rows[i].mT, W)
-
     def token_gradients(self, block: _Block, states, dstates, y, W) -> tuple[torch.Tensor, ...]:
         """Return the gradients of q, k, v, g, beta [slots, lanes, C, channels]."""
         C, W, delta = self.chunk, W.flatten(0, 1), block.delta.flatten(0, 1)
         S, dS_next = states[:-1].flatten(0, 1), dstates[1:].flatten(0, 1)
-        dL, dA = torch.bmm(W, delta.mT).chunk(2, 1)
-        d_rows, d_k_after = torch.bmm(W, S.mT), torch.bmm(delta, dS_next.mT)
+        d_AL, d_rows, d_k_after = torch.bmm(W, delta.mT), torch.bmm(W, S.mT), torch.bmm(delta, dS_next.mT)
         to_total = (S * dS_next).sum(-1) * block.total.flatten(0, 1)
-        dq, dk, dg = within_gradients(block.q, block.k, block.g, dA, dL, d_rows, d_k_after, to_total)
+        dq, dk, dg = self.functions.within_gradients(block.q, block.k, block.g, d_AL, d_rows, d_k_after, to_total)
         error = block.residual.flatten(0, 1) - torch.bmm(block.L.flatten(0, 1), delta)
         dbeta = (y.flatten(0, 1) * error).sum(-1, keepdim=True)
-        return tuple(x.view(*block.shape, -1) for x in (dq, dk, -W[:, :C], dg, dbeta))
+        return tuple(x.view(*block.shape, -1) for x in (dq, dk, -W[:, C:], dg, dbeta))
 
     def write(self, spans: Sequence[Span], found: Sequence[torch.Tensor]) -> None:
         """Store the gradients of a block's tokens, those of q and k summed over the value heads that share them."""
