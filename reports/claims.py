@@ -208,29 +208,29 @@ def tested(step: str, means: str) -> Callable[[Result], str | None]:
 
 CLAIMS = (
     Claim(
-        "General DPLR's kernel takes longer than KDA's, 2k to 64k tokens", "Figure 2; 3.2; 6.2", "nearly 2 times",
-        YARDSTICK, timed,
+        "General DPLR's kernel takes longer than KDA's, 2k to 64k tokens", "Figure 2; sections 3.2, 6.2",
+        "nearly 2 times", YARDSTICK, timed,
     ),
     Claim(
-        "... its FLOPs over KDA's", "3.2; 6.2", "four matrices instead of two, about three products more",
+        "... its FLOPs over KDA's", "sections 3.2, 6.2", "four matrices instead of two, about three products more",
         YARDSTICK, counted("flops"),
     ),
-    Claim("... the bytes it moves over KDA's", "6.2", "no figure", YARDSTICK, counted("bytes")),
-    Claim("... launches of DPLR and of KDA", "6.2", "no figure", YARDSTICK, launches),
+    Claim("... the bytes it moves over KDA's", "section 6.2", "no figure", YARDSTICK, counted("bytes")),
+    Claim("... launches of DPLR and of KDA", "section 6.2", "no figure", YARDSTICK, launches),
     Claim(
-        "FLOPs of a head of KDA, C = 64, d = 128", "6.3, equation 13", f"{flops_kda(1):,} a token",
+        "FLOPs of a head of KDA, C = 64, d = 128", "section 6.3, equation 13", f"{flops_kda(1):,} a token",
         YARDSTICK, equation_13,
     ),
-    Claim("FLOPs of a head of full attention", "6.3, equation 14", "2 T^2 d", YARDSTICK, equation_14),
-    Claim("The KV cache is smaller than MLA's", "abstract; 1", "up to 75%", MODEL, cache_cut),
-    Claim("The state of KDA has a fixed size", "6.3", "d_k x d_v a head", MODEL, fixed_state),
+    Claim("FLOPs of a head of full attention", "section 6.3, equation 14", "2 T^2 d", YARDSTICK, equation_14),
+    Claim("The KV cache is smaller than MLA's", "abstract; section 1", "up to 75%", MODEL, cache_cut),
+    Claim("The state of KDA has a fixed size", "section 6.3", "d_k x d_v a head", MODEL, fixed_state),
     Claim(
-        "Prefill of MLA over Kimi Linear's, batch 1", "Figure 7a; 5.6", "2.3 at 512K, 2.9 at 1M",
+        "Prefill of MLA over Kimi Linear's, batch 1", "Figure 7a; section 5.6", "2.3 at 512K, 2.9 at 1M",
         MODEL, over_hybrid(MLA, "prefill_s", LONG),
     ),
     Claim(
-        "A decoding step of MLA over Kimi Linear's, batch 1", "Figure 7b", "1.8 at 512K, 2.2 at 1M (6.3 says 2.3)",
-        MODEL, over_hybrid(MLA, "step_ms", LONG),
+        "A decoding step of MLA over Kimi Linear's, batch 1", "Figure 7b",
+        "1.8 at 512K, 2.2 at 1M (section 6.3 says 2.3)", MODEL, over_hybrid(MLA, "step_ms", LONG),
     ),
     Claim(
         "... with the batches that memory allows", "Figure 1b", "4.8 at 256K, 5.7 at 512K, 6.3 at 1M",
@@ -245,15 +245,19 @@ CLAIMS = (
         MODEL, over_hybrid(GDN, "prefill_s", LONG),
     ),
     Claim(
-        "Without positions MLA is multi-query attention over latents", "4", "equal", RECORDS, judged("absorbed"),
+        "Without positions MLA is multi-query attention over latents", "section 4", "equal",
+        RECORDS, judged("absorbed"),
     ),
-    Claim("KDA is general DPLR with a = beta k, b = k exp(g)", "6.2", "equal", RECORDS, judged("dplr_equality")),
+    Claim(
+        "KDA is general DPLR with a = beta k, b = k exp(g)", "section 6.2", "equal",
+        RECORDS, judged("dplr_equality"),
+    ),
     Claim(
         "The chunkwise form equals the recurrence", "equations 6 to 9", "equal",
         RECORDS, judged("reference_forward", "chunk_invariance", targets="chunk"),
     ),
     Claim(
-        "KDA with one gate a head is Gated DeltaNet, without a gate DeltaNet", "2.2; Table 7", "equal",
+        "KDA with one gate a head is Gated DeltaNet, without a gate DeltaNet", "section 2.2; Table 7", "equal",
         RECORDS, judged("deltanet", "gated_deltanet"),
     ),
     Claim(

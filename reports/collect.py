@@ -32,6 +32,8 @@ GRACE = 10.0
 """Seconds between asking a command to stop and ending it."""
 TAIL = 600
 """Characters of what a failed command printed last that are kept."""
+RACE = 90.0
+"""Seconds of the tuner's race and of its judge, which come when its search is over."""
 LEAST = 1.0
 """Seconds below which no command is begun."""
 
@@ -53,6 +55,8 @@ class Step:
     """A pattern of the files in the folder."""
     done: tuple[int, ...] = (0,)
     """Exit codes with which it has said what it had to say: a failed property is a result, too."""
+    after: float = 0.0
+    """Seconds that it takes behind the minutes it is told."""
     resumes: bool = False
     """Whether it goes on with its own files; those of the others are removed before they are run again."""
 
@@ -67,7 +71,9 @@ _YARDSTICK = ("autotune", "yardstick", "--device", "{device}", "--minutes", "{mi
 
 
 def _tuned(op: str) -> Step:
-    return Step(f"tune {op}", (*_TUNE, op, *_TUNED, f"{_TABLE}{op}.json"), 3, f"trials-{op}.json", (0, 1), resumes=True)
+    return Step(
+        f"tune {op}", (*_TUNE, op, *_TUNED, f"{_TABLE}{op}.json"), 3, f"trials-{op}.json", (0, 1), RACE, resumes=True
+    )
 
 
 _TESTS = ("pytest", "-q", "-m", "")
@@ -213,7 +219,8 @@ class Collection:
         if not step.resumes:
             for path in self.folder.glob(step.writes):
                 path.unlink()
-        fields = {"folder": self.folder, "device": self.about["device"], "minutes": f"{seconds * 0.9 / 60:.2f}"}
+        minutes = max(0.9 * seconds - step.after, 0.1 * seconds) / 60
+        fields = {"folder": self.folder, "device": self.about["device"], "minutes": f"{minutes:.2f}"}
         command = ["python", "-m", *(part.format(**fields) for part in step.command)]
         self.say(f"{step.name}: at most {seconds:.0f} s")
         begun, log = time.monotonic(), self.folder / f"{step.name.replace(' ', '-')}.log"

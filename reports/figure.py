@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from matplotlib.figure import Figure as Drawing
+from typing import TYPE_CHECKING
 
 from reports.load import Origin
+
+if TYPE_CHECKING:  # words and tables do without it
+    from matplotlib.figure import Figure as Drawing
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Figure:
     alt: str
     table: Table
     origin: Origin
-    drawing: Drawing | None = None
+    drawing: "Drawing | None" = None
     """None where there is a table only."""
     wide: bool = False
     """Wider than a phone: it scrolls in its frame there."""

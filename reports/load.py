@@ -59,26 +59,29 @@ def read(paths: Iterable[Path]) -> list[Result]:
 
     Raises ResultError naming the file that cannot be read, is no result, or has an unknown kind or version.
     """
-    return [result for path in files(paths) for result in _read(path)]
+    return [result for path, name in files(paths).items() for result in _read(path, name)]
 
 
-def files(paths: Iterable[Path]) -> list[Path]:
-    """List the files that are meant by files and folders; ResultError for what is not there and for an empty folder."""
-    found: dict[Path, None] = {}
+def files(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return the files that are meant by files and folders, each with its name, of those in a folder the way to them.
+
+    Raises ResultError for what is not there and for an empty folder.
+    """
+    found: dict[Path, str] = {}
     for path in paths:
         if path.is_dir():
             inside = sorted(x for x in path.rglob("*") if x.suffix in SUFFIXES and x.is_file())
             if not inside:
                 raise ResultError(f"{path}: a folder without results ({', '.join(SUFFIXES)})")
+            found |= {x: x.relative_to(path).as_posix() for x in inside if x not in found}
         elif path.is_file():
-            inside = [path]
+            found.setdefault(path, path.name)
         else:
             raise ResultError(f"{path}: there is no such file or folder")
-        found |= dict.fromkeys(inside)
-    return list(found)
+    return found
 
 
-def _read(path: Path) -> list[Result]:
+def _read(path: Path, name: str) -> list[Result]:
     documents = _documents(path)
     for place, document in documents:
         check(document, place)
@@ -86,10 +89,10 @@ def _read(path: Path) -> list[Result]:
     if not lines:
         return []
     if _kind(lines[0]) not in records():
-        return [Result(_kind(lines[0]), lines[0], _origin(lines[0], path.name))]
+        return [Result(_kind(lines[0]), lines[0], _origin(lines[0], name))]
     runs = [line for line in lines if line["kind"] != SELF_TEST]
-    tests = [Result(SELF_TEST, line, _judged([line], path.name)) for line in lines if line["kind"] == SELF_TEST]
-    return ([Result(RECORDS, runs, _judged(runs, path.name))] if runs else []) + tests
+    tests = [Result(SELF_TEST, line, _judged([line], name)) for line in lines if line["kind"] == SELF_TEST]
+    return ([Result(RECORDS, runs, _judged(runs, name))] if runs else []) + tests
 
 
 def _documents(path: Path) -> list[tuple[str, object]]:

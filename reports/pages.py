@@ -7,6 +7,7 @@ import jinja2
 from markupsafe import Markup
 
 from reports import style
+from reports.claims import MISSING
 from reports.figure import Figure, Section, Table
 from reports.load import Result
 from reports.sections import claimed, collections, pictures, sections, sources
@@ -39,7 +40,7 @@ def html(results: list[Result], found: list[Section], now: str) -> str:
     template = environment.get_template("page.html.j2")
     return template.render(
         sections=found, sources=sources(results), collections=collections(results), claims=claimed(results),
-        now=now, picture=_picture,
+        now=now, picture=_picture, missing=MISSING,
         light=Markup(style.variables(style.LIGHT)), dark=Markup(style.variables(style.DARK)),
     )  # fmt: skip
 

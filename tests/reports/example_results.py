@@ -71,6 +71,37 @@ def yardstick() -> dict:
     return about | {"heads": 16, "counted": counted, "compiled": compiled, "timed": [timed | {"dplr_over_kda": SPREAD}]}
 
 
+def bench() -> dict:
+    """Return a benchmark of ours and a peer at two lengths, launched and from graphs, and one that was not compared."""
+    floor = {"bytes": 1 << 20, "flops": 1 << 30, "bytes_ms": 0.5, "flops_ms": 0.25, "ms": 0.5}
+    about = {"message": None, "first_call_s": 1.0, "errors": {}, "failures": {}}
+    both = {"ms": {"launched": SPREAD, "graph": SPREAD}, "over_floor": {"launched": 4.0, "graph": 4.0}}
+    ours = {"name": "ours", "ours": True, "status": "measured", **about, **both}
+    peer = {"name": NASTY, "ours": False, "status": "measured", **about, "ms": {"launched": SPREAD}}
+    failed = {"name": "lost", "ours": False, "status": "failed", **about, "ms": {}, "over_floor": {}}
+    cases = [
+        {
+            "name": f"t{T}", "sizes": {"B": 1, "T": T, "H": 4, "HV": 4, "K": 128, "V": 128, "N": 1}, "lengths": None,
+            "lower_bound": None, "dtype": "bfloat16", "seconds": 1.0, "floor": floor,
+            "implementations": [ours, peer | {"over_floor": {"launched": 4.0}}, failed | {"message": "out of memory"}],
+            "ratios": [{"ours": "ours", "other": NASTY, "mode": "launched", "other_over_ours": SPREAD}],
+        }
+        for T in (1024, 8192)
+    ]  # fmt: skip
+    product = {"size": 1024, "ms": SPREAD, "flops_per_second": 1e14}
+    ceilings = {"copy": {"bytes": 1 << 30, "ms": SPREAD, "bytes_per_second": 1e12}, "matmul": {"bfloat16": product}}
+    device = {"kind": "cuda", "name": "A GPU", "driver": "1", "units": 1, "memory_bytes": 1}
+    identity = {"device": device, "versions": {"torch": "2.13.0", "fla-core": None}, "profile": "quick"}
+    identity |= {"sources": "0" * 16, "implementations": None, "environment": {}}
+    method = {"flushed_bytes": 1, "least_rounds": 1, "most_rounds": 2, "seconds": 1.0, "modes": ["launched", "graph"]}
+    return {
+        "schema": 1, "kind": "bench", "begun": DATE, "updated": DATE, "identity": identity, "git": None,
+        "method": method, "note": None, "verification": {}, "ceilings": ceilings,
+        "not_compared": [{"name": "flash_kda", "reason": "not installed"}], "casualties": [], "deaths": [],
+        "running": None, "cases": cases,
+    }  # fmt: skip
+
+
 def lines(path: Path, *documents: dict, unfinished: str = "") -> Path:
     """Write documents as lines of JSON, and what a killed run leaves behind them."""
     path.write_text("".join(json.dumps(x) + "\n" for x in documents) + unfinished)
@@ -89,6 +120,7 @@ def everything(folder: Path) -> list[Path]:
         lines(folder / "verify.jsonl", *records(), self_test()),
         document(folder / "model.json", model()),
         document(folder / "yardstick.json", yardstick()),
+        document(folder / "bench.json", bench()),
         *sorted((ROOT / "results").glob("*.json")),
         *sorted((ROOT / "impls" / "tuned").rglob("*.json")),
         ROOT / "tests" / "autotune" / "trials-chunk-torch-4096.json",

@@ -125,4 +125,4 @@ def test_the_command_prints_every_claim_and_the_page_shows_it(tmp_path, capsys):
     assert printed.count(claims.MISSING) >= 13 and "nearly 2 times" in printed
     assert main(["build", str(path), "--out", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert "2 at 2k; not measured at 64k; 16 heads, float32" in page and page.count(f"<td>{claims.MISSING}</td>") >= 13
+    assert "2 at 2k; not measured at 64k; 16 heads, float32" in page and page.count(f">{claims.MISSING}</td>") >= 13

@@ -46,11 +46,24 @@ def test_a_record_without_a_date_is_read_and_the_origin_says_so(tmp_path):
     assert result.origin.date is None and "date not recorded" in str(result.origin)
 
 
+def test_records_of_a_model_from_before_caches_were_cut_back_are_read(tmp_path):
+    numbers = (
+        "seed dense width kda_heads head_dim taps mla_heads latent nope rope value experts top_k groups top_groups"
+    )
+    flags = "full_rank_gate full_rank_forget renormalise biased_weights plain_eps"
+    recipe = {"version": 1, "layers": "km", "shared": 0, "gate": "softplus", "decay": "mild", "router": "even"}
+    recipe |= dict.fromkeys(numbers.split(), 1) | dict.fromkeys(flags.split(), False)
+    recipe |= {"count_from": 1, "prompts": [3], "tail": 1}
+    case = examples.case("model", absorbed=examples.outcome(0.1)) | {"recipe": recipe}
+    [result] = load.read([examples.lines(tmp_path / "old.jsonl", examples.records()[0], case)])
+    assert result.data[1]["recipe"] == recipe
+
+
 def test_folders_are_read_with_all_below_them_each_file_once(tmp_path):
     (tmp_path / "a").mkdir()
     path = examples.document(tmp_path / "a" / "model.json", examples.model())
     (tmp_path / "README.md").write_text("no result")
-    assert [x.origin.file for x in load.read([tmp_path, path])] == ["model.json"]
+    assert [x.origin.file for x in load.read([tmp_path, path])] == ["a/model.json"]
 
 
 BROKEN = [

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import example_results as examples
 import pytest
 
-from reports import load, style, verification
+from reports import load, style, timing, verification
 from reports.__main__ import main
 from reports.sections import SECTIONS, sections
 
@@ -72,7 +72,7 @@ def test_pictures_and_markdown_show_the_same_figures(built):
 
 
 def test_equal_results_give_equal_pages(tmp_path):
-    files = examples.everything(tmp_path)
+    files = [x for x in examples.everything(tmp_path) if x.stem in ("verify", "bench", "trials-chunk-torch-4096")]
     drawn = [[style.svg(f.drawing, f.name) for s in sections(load.read(files)) for f in s.figures] for _ in range(2)]
     assert drawn[0] == drawn[1]
 
@@ -106,6 +106,43 @@ def test_a_surviving_mutant_is_seen(tmp_path):
     [figure] = verification.mutants(load.read([examples.lines(tmp_path / "s.jsonl", examples.self_test())]))
     assert "1 of 2 found" in figure.title and "Survivors: survivor" in figure.alt
     assert figure.table.rows[1] == ("survivor", "SURVIVED")
+
+
+def test_peers_and_the_floor_are_drawn_and_who_is_missing_is_named(tmp_path):
+    results = load.read([examples.document(tmp_path / "bench.json", examples.bench())])
+    found = {figure.name: figure for figure in timing.figures(results)}
+    assert set(found) == {f"{x}-{mode}-1" for x in ("latency", "tokens", "roofline") for mode in ("launched", "graph")}
+    latency = found["latency-launched-1"]
+    assert "Not compared: flash_kda (not installed)" in latency.alt and examples.NASTY in latency.alt
+    assert ("t1024", "floor, by bytes", "0.5", "1", "", "") in latency.table.rows
+    assert ("t1024", examples.NASTY, "2 (1.5 to 2.5)", "4", "2 (1.5 to 2.5)", "measured") in latency.table.rows
+    assert ("t8192", "lost", "-", "-", "", "failed: out of memory") in latency.table.rows
+    assert ("all", "flash_kda", "", "", "", "not compared: not installed") in latency.table.rows
+    assert "from 1,024 to 8,192 tokens" in found["tokens-launched-1"].alt
+    assert ("ceiling", "products in bfloat16", "", "100,000") in found["roofline-graph-1"].table.rows
+    # 2^30 FLOPs in 2 ms
+    assert "537 GFLOP/s" in found["roofline-launched-1"].alt
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance of a colour, as WCAG 2 defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [style.LIGHT, style.DARK], ids=["light", "dark"])
+def test_text_and_marks_can_be_told_from_what_is_behind_them(theme):
+    """Text at 4.5, marks at 3: the contrast that WCAG 2 asks for."""
+    behind = [theme[name] for name in theme if name.startswith("level-")] + [theme["bad"], theme["warn"]]
+    assert min(contrast(theme["ink"], x) for x in (*behind, theme["surface"])) >= 4.5
+    assert contrast(theme["muted"], theme["surface"]) >= 4.5
+    assert min(contrast(x, theme["surface"]) for name, x in theme.items() if name.startswith("series-")) >= 3
 
 
 def test_what_cannot_be_read_leaves_nothing_behind(tmp_path, capsys):
