@@ -106,7 +106,7 @@ def _plans(problem: Problem, target: targets.Target) -> dict[str, Plan]:
     from impls.defaults import default_chunk
 
     ours = replace(default_chunk(problem.K, problem.V, problem.dtype, target, C), segments=1)
-    theirs = dplr_triton.default(target, C)
+    theirs = dplr_triton.default(problem, target, C)
     return {"kda": chunk_triton.plan(problem, ours, target), "dplr": dplr_triton.plan(problem, theirs, target)}
 
 

@@ -14,6 +14,8 @@ from impls.checks import (
     check_packing,
     check_scale,
     check_shape,
+    check_state,
+    check_tangents,
     check_tensor,
 )
 
@@ -51,12 +53,9 @@ def checked(q, k, v, a, b, g, scale, initial_state, cu_seqlens, state_v_first) -
     check_scale(scale)
     check_flag("state_v_first", state_v_first)
     check_packing(q, cu_seqlens, None)
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if initial_state is not None:
-        check_tensor("initial_state", initial_state)
-        letters, sizes = ("N, H, V, K", (V, K)) if state_v_first else ("N, H, K, V", (K, V))
-        check_shape("initial_state", initial_state, letters, (N, H, *sizes))
-        check_device("initial_state", initial_state, q.device)
-        initial_state = initial_state.mT if state_v_first else initial_state
+    check_state(initial_state, q, v, cu_seqlens, state_v_first)
+    check_tangents((*named.values(), initial_state))
+    if initial_state is not None and state_v_first:
+        initial_state = initial_state.mT
     bounds = bounds_of(cu_seqlens, T) if cu_seqlens is not None and q.device.type == "cpu" else None
     return Dplr((q, k, v, a, b, g), K**-0.5 if scale is None else float(scale), initial_state, cu_seqlens, bounds)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from impls.activations import compute_dtype
+from impls.checks import bounds_of
 from impls.dplr_checks import Dplr
 
 BLOCK_TOKENS = 256
@@ -138,16 +139,20 @@ class _Sequence(torch.autograd.Function):
 
 
 def dplr_torch(call: Dplr, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return o [B, T, H, V] in v's dtype and the states [N, H, K, V] behind all tokens: see `impls.dplr`."""
+    """Return o [B, T, H, V] in v's dtype and the states [N, H, K, V] behind all tokens: see `impls.dplr`.
+
+    Waits for the device where it is to say where packed sequences lie.
+    """
     q, v, dtype = call.tokens[0], call.tokens[2], compute_dtype(call.tokens[2])
     B, T, H, V = v.shape
-    bounds = call.bounds or [0, T]
-    N = B if call.bounds is None else len(bounds) - 1
+    packed = call.cu_seqlens is not None
+    bounds = call.bounds or bounds_of(call.cu_seqlens, T) or [0, T]
+    N = len(bounds) - 1 if packed else B
     S = call.initial_state
     S = q.new_zeros((N, H, q.shape[3], V), dtype=dtype) if S is None else S.to(dtype)
     o, states = [], []
     for i, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        own = S if call.bounds is None else S[i : i + 1]
+        own = S[i : i + 1] if packed else S
         found, left = _Sequence.apply(own, chunk_size, *(x[:, first:last] for x in call.tokens))
         o.append(found)
         states.append(left)

@@ -1,11 +1,17 @@
 """General DPLR agrees with its definition, is an oracle for KDA and the family, and has the right gradients."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import kda_spec
 from impls import chunk_kda, dplr_torch
+from impls.dplr_checks import Dplr
 from impls.dplr_ops import FORMS, dplr
 from kda_spec.family import FAMILY, Parameters
 
@@ -85,6 +91,14 @@ def test_packed_sequences_agree_empty_ones_included(name):
             assert_close(o[:, first:last], exact[0], FLOAT32)
 
 
+def test_packing_on_a_device_is_read_by_torch_alone():
+    """There no value is looked at beforehand."""
+    tokens, packing = drawn(1, 20, 1, 4, 3), torch.tensor([0, 7, 20])
+    o, S = dplr_torch.dplr_torch(Dplr(tokens, 0.5, None, packing, None), 16)
+    expected, final = dplr(*tokens, scale=0.5, cu_seqlens=packing, output_final_state=True)
+    assert torch.equal(o, expected) and torch.equal(S, final)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_kda_is_the_member_whose_a_and_b_are_bound_to_k(name, draw):
     q, k, v, g, beta = draw(1, 70, 2, 2, 16, 20, resets=True)
@@ -158,6 +172,7 @@ REFUSED = {
     "a": ({"a": torch.zeros(1, 4, 1, 2).double()}, TypeError, "a must be one of float32, got float64"),
     "chunk_size": ({"chunk_size": 8}, ValueError, "chunk_size must be one of 16, 32, 64, got 8"),
     "implementation": ({"implementation": "dplr_cuda"}, KeyError, "known: dplr_torch, dplr_triton"),
+    "state": ({"initial_state": torch.zeros(1, 1, 2, 2).int()}, TypeError, "initial_state must be one of float32"),
     "gradients": ({"g": torch.zeros(1, 4, 1, 2, requires_grad=True), "implementation": "dplr_triton"}, ValueError,
                   "dplr_triton has no backward"),
 }  # fmt: skip
@@ -169,3 +184,33 @@ def test_what_is_wrong_is_named(case):
     arguments = dict(zip(("q", "k", "v", "a", "b", "g"), drawn(1, 4, 1, 2, 2), strict=True)) | changed
     with pytest.raises(error, match=message):
         dplr(**arguments)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_tangents_are_refused(name):
+    q, *others = drawn(1, 4, 1, 2, 2)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        dplr(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)), *others, implementation=name)
+
+
+COMPILING = """
+from impls import dplr_triton
+from impls.compiler_triton import compiled
+from impls.plan import Problem
+from impls.targets import TARGETS
+target = TARGETS["sm_90"]
+problem = Problem(B=1, T=64, N=1, H=1, HV=1, K=128, V=128, dtype="bfloat16", initial=True, final=True)
+walk = dplr_triton.plan(problem, dplr_triton.default(problem, target, 64), target).launches[1]
+print(compiled(walk, problem, target).shared_memory, target.shared_memory)
+"""
+
+
+@pytest.mark.slow
+def test_the_longest_chunk_fits_the_shared_memory_of_sm_90():
+    """In a process that compiles: this one interprets."""
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {x: y for x, y in os.environ.items() if x != "TRITON_INTERPRET"} | {"PYTHONPATH": root}
+    run = subprocess.run([sys.executable, "-c", COMPILING], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    needed, there = map(int, run.stdout.split())
+    assert 0 < needed <= there
