@@ -34,6 +34,8 @@ TAIL = 600
 """Characters of what a failed command printed last that are kept."""
 RACE = 90.0
 """Seconds of the tuner's race and of its judge, which come when its search is over."""
+COMPILING = 40.0
+"""Seconds that the yardstick compiles before its clock runs, and of the call that overruns it."""
 LEAST = 1.0
 """Seconds below which no command is begun."""
 
@@ -92,7 +94,7 @@ CPU = (
     _tuned("chunk_torch"),
     _tuned("recurrent_torch"),
     Step("bench", (*_BENCH, "--cases", "small-*,t1024-*"), 2, "bench.json", (0, 1), resumes=True),
-    Step("yardstick", (*_YARDSTICK, "--out", "{folder}/yardstick.json"), 2, "yardstick.json"),
+    Step("yardstick", (*_YARDSTICK, "--out", "{folder}/yardstick.json"), 2, "yardstick.json", after=COMPILING),
     Step("model", ("kimi_linear", "bench", "--device", "{device}", "--context", "1024,4096", *_MODEL), 1, "model.json"),
     Step(
         "benchmarks",
@@ -105,7 +107,13 @@ CUDA = (
     _tuned("chunk_triton"),
     _tuned("recurrent_triton"),
     Step("bench", _BENCH, 4, "bench.json", (0, 1), resumes=True),
-    Step("yardstick", (*_YARDSTICK, "--heads", "64", "--out", "{folder}/yardstick.json"), 2, "yardstick.json"),
+    Step(
+        "yardstick",
+        (*_YARDSTICK, "--heads", "64", "--out", "{folder}/yardstick.json"),
+        2,
+        "yardstick.json",
+        after=COMPILING,
+    ),
     Step(
         "model", ("kimi_linear", "bench", "--device", "{device}", "--context", "4096,65536", *_MODEL), 1, "model.json"
     ),

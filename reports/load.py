@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from urllib.parse import unquote
 
 import jsonschema
 from referencing import Registry, Resource
@@ -160,7 +161,7 @@ def _validators() -> dict[tuple[str, int], jsonschema.Draft202012Validator]:
 
 def _retrieved(uri: str) -> Resource:
     """Read a schema beside its writer; nothing but files of this tree is ever asked for."""
-    path = Path(uri.removeprefix("file://"))
+    path = Path(unquote(uri.removeprefix("file://")))
     if not path.resolve().is_relative_to(RESULT.parents[2]):
         raise ValueError(f"{uri} is no schema of this tree")
     return Resource.from_contents(json.loads(path.read_text()), default_specification=DRAFT202012)

@@ -13,8 +13,8 @@ from reports.load import Result
 from reports.sections import claimed, collections, pictures, sections, sources
 
 PAGE, SUMMARY = "report.html", "report.md"
-CELLS = 400
-"""Rows of a table in Markdown: a comment has 65,536 characters."""
+COMMENT = 64_000
+"""Characters of the Markdown: GitHub takes comments of 65,536. The longest tables are left to the page."""
 
 
 def build(results: list[Result], out: Path, markdown: bool = False, png: Path | None = None) -> list[Path]:
@@ -53,35 +53,43 @@ def _picture(figure: Figure) -> Markup:
 
 
 def summary(results: list[Result], found: list[Section], now: str) -> str:
-    """Return the report in Markdown: every figure in words, its table folded."""
-    lines = ["# KDA Forge: report", "", f"Built {now} from {len(results)} results.", ""]
+    """Return the report in Markdown: every figure in words, its table folded where a comment has room for it."""
+    figures = [figure for section in found for figure in section.figures]
+    tables = {figure.name: "\n".join(markdown_table(figure.table)) for figure in figures}
+    room = COMMENT - len(_composed(results, found, now, {}))
+    kept = {}
+    for name, text in sorted(tables.items(), key=lambda item: len(item[1])):
+        room -= len(_folded(text))
+        if room > 0:
+            kept[name] = text
+    return _composed(results, found, now, kept)
+
+
+def _composed(results: list[Result], found: list[Section], now: str, tables: dict[str, str]) -> str:
+    parts = ["# KDA Forge: report", f"Built {now} from {len(results)} results."]
     for section in found:
-        lines += [f"## {section.title}", "", section.lead, ""]
+        parts += [f"## {section.title}", section.lead]
         if not section.figures:
-            lines += [f"**Missing**: `{section.command}` writes it.", ""]
+            parts.append(f"**Missing**: `{section.command}` writes it.")
         for figure in section.figures:
-            lines += [
-                f"**{_plain(figure.title)}**",
-                "",
-                _plain(figure.alt),
-                "",
-                f"<sub>{_plain(str(figure.origin))}</sub>",
-                "",
-            ]
-            lines += ["<details><summary>Table</summary>", "", *markdown_table(figure.table), "", "</details>", ""]
-    lines += ["## The paper, checked", "", *markdown_table(claimed(results)), ""]
-    lines += ["## Results", "", *markdown_table(sources(results)), ""]
+            origin = f"<sub>{_plain(str(figure.origin))}</sub>"
+            table = _folded(tables[figure.name]) if figure.name in tables else f"(The table is in {PAGE}.)"
+            parts += [f"**{_plain(figure.title)}**", _plain(figure.alt), origin, table]
+    parts += ["## The paper, checked", "\n".join(markdown_table(claimed(results)))]
+    parts += ["## Results", "\n".join(markdown_table(sources(results)))]
     if steps := collections(results):
-        lines += markdown_table(steps)
-    return "\n".join(lines).rstrip() + "\n"
+        parts.append("\n".join(markdown_table(steps)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _folded(table: str) -> str:
+    return f"<details><summary>Table</summary>\n\n{table}\n\n</details>"
 
 
 def markdown_table(table: Table) -> list[str]:
-    """Return the lines of a table, at most so many rows; it says how many are left out."""
-    rows = [f"| {' | '.join(_plain(cell) or ' ' for cell in row)} |" for row in table.rows[:CELLS]]
+    """Return the lines of a table."""
     head = [f"| {' | '.join(_plain(x) or ' ' for x in table.columns)} |", "|---" * len(table.columns) + "|"]
-    left = len(table.rows) - CELLS
-    return head + rows + ([f"\n{left} more rows"] if left > 0 else [])
+    return head + [f"| {' | '.join(_plain(cell) or ' ' for cell in row)} |" for row in table.rows]
 
 
 def _plain(text: str) -> str:

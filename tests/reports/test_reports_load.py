@@ -1,6 +1,10 @@
 """Files of results are read, whatever wrote them, or refused by name and version."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import example_results as examples
 import pytest
@@ -105,3 +109,19 @@ def test_what_is_not_there_is_refused_by_name(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(load.ResultError, match=name):
         load.read([tmp_path / name])
+
+
+def test_schemas_are_found_wherever_the_checkout_lies(tmp_path):
+    root = tmp_path / "a b%20c"
+    for part in ("reports", "verify/records.schema.json", "autotune/bench.schema.json", "impls/tuned.schema.json"):
+        source, target = examples.ROOT / part, root / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    path = examples.lines(tmp_path / "verify.jsonl", *examples.records())
+    program = (
+        "import sys; from pathlib import Path; from reports import load; print(load.read([Path(sys.argv[1])])[0].kind)"
+    )
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    asked = [sys.executable, "-c", program, str(path)]
+    run = subprocess.run(asked, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == load.RECORDS, run.stderr

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import example_results as examples
 import pytest
 
-from reports import load, style, timing, verification
+from reports import load, pages, style, timing, verification
 from reports.__main__ import main
 from reports.sections import SECTIONS, sections
 
@@ -68,7 +68,18 @@ def test_pictures_and_markdown_show_the_same_figures(built):
     names = set(re.findall(r'<figure id="([^"]+)"', page))
     assert {path.stem for path in (built / "png").glob("*.png")} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (built / "png").glob("*.png"))
-    assert text.count("<details>") == len(names) and "<script>" not in text
+    left_out = text.count("(The table is in report.html.)")
+    assert text.count("<details>") == len(names) - left_out > left_out and "<script>" not in text
+
+
+def test_markdown_fits_a_comment_and_leaves_out_the_longest_tables_first(tmp_path):
+    many = [examples.case("good", **{f"property_{i}": examples.outcome(0.5) for i in range(3000)})]
+    paths = [examples.lines(tmp_path / "verify.jsonl", examples.records()[0], *many)]
+    paths.append(examples.document(tmp_path / "model.json", examples.model()))
+    results = load.read(paths)
+    text = pages.summary(results, sections(results), examples.DATE)
+    assert len(text) <= pages.COMMENT < 65_536 and "property\\_2999" not in text
+    assert text.count("(The table is in report.html.)") == 1 and "| hybrid | 1,024 |" in text
 
 
 def test_equal_results_give_equal_pages(tmp_path):
