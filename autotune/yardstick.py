@@ -33,8 +33,11 @@ SCHEMA = 1
 K, C = 128, 16
 TOKENS = (2048, 4096, 8192, 16384, 32768, 65536)
 EFFORT = Effort(least=3, most=15, seconds=6.0)
+IDENTITY = ("schema", "kind", "device", "versions", "sources", "heads")
+"""What is the same where times of an earlier run still stand."""
 EPILOG = """\
-exit code  0 done; 2 usage; 7 --minutes were over before every length was timed
+exit code  0 done; 2 usage; 7 --minutes were over before every length was timed; 130 interrupted
+           every length is written to --out as soon as it is timed: the same command goes on from there
 
 examples   python -m autotune yardstick --out results/yardstick.json
            python -m autotune yardstick --tokens 2048,8192 --heads 16 --minutes 3
@@ -62,25 +65,42 @@ def run(args: argparse.Namespace) -> int:
         "kind": "yardstick",
         "device": provenance.described(args.device),
         "versions": provenance.versions(("torch", "triton")),
+        "sources": provenance.sources(),
         "date": now(),
         "heads": args.heads,
         "counted": [counted(T, args.heads, "bfloat16", TARGETS[args.target]) for T in tokens],
         "compiled": compiled(args.heads, args.target),
-        "timed": [],
     }
-    box = Box(args.minutes * 60)
+    found["timed"] = [x for x in _finished(args.out, found) if x["T"] in tokens]
+    _keep(args.out, found)
+    left, box = [T for T in tokens if T not in {x["T"] for x in found["timed"]}], Box(args.minutes * 60)
     try:
-        with display.progress(page, len(tokens)) as show, torch.no_grad():
-            for T in tokens:
+        with display.progress(page, len(left)) as show, torch.no_grad():
+            for T in left:
                 show(f"T = {T}")
                 found["timed"].append(timed(T, args.heads, dtype, args.device, box))
+                found["timed"].sort(key=lambda x: x["T"])
+                _keep(args.out, found)
                 show(f"T = {T}", 1)
     except BoxOver:
         page.print("[bold red]the time was over[/]: longer sequences are not timed")
     _show(page, found)
-    if args.out:
-        write(args.out, json.dumps(found, indent=1, allow_nan=False) + "\n")
     return PASS if len(found["timed"]) == len(tokens) else UNFINISHED
+
+
+def _finished(path: Path | None, found: dict) -> list[dict]:
+    """Return what a run that was interrupted has timed into the file, where all else is as it was."""
+    try:
+        there = json.loads(path.read_text()) if path else {}
+    except (OSError, ValueError):
+        return []
+    same = isinstance(there, dict) and all(there.get(name) == found[name] for name in IDENTITY)
+    return there.get("timed", []) if same else []
+
+
+def _keep(path: Path | None, found: dict) -> None:
+    if path:
+        write(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 def _checked(args: argparse.Namespace) -> tuple[int, ...]:
@@ -180,8 +200,10 @@ def _calls(T: int, H: int, dtype: str, device: str) -> dict[str, Callable[[], tu
     strength = beta[..., None]
     rows = [x.to(to) for x in (q, k, strength * v, strength * k, k * g.exp())]
     q, k, v, g, beta = (x.to(to) for x in (q, k, v, g, beta))
-    name, config = ("chunk_torch", ChunkTorchConfig(chunk_size=C)) if device == "cpu" else ("chunk_triton", None)
-    ours = partial(find(name).call, q, k, v, g, beta, config=config, output_final_state=True)
+    name, form = "chunk_triton", {"chunk_size": C}  # what is tuned for another C is not what is compared
+    if device == "cpu":
+        name, form = "chunk_torch", {"config": ChunkTorchConfig(chunk_size=C)}
+    ours = partial(find(name).call, q, k, v, g, beta, **form, output_final_state=True)
     theirs = partial(dplr, *rows, g, output_final_state=True, chunk_size=C)
     return {"kda": ours, "dplr": theirs}
 

@@ -11,7 +11,7 @@ import torch
 
 from autotune import yardstick
 from autotune.__main__ import main
-from autotune.outcomes import PASS, UNFINISHED, USAGE
+from autotune.outcomes import INTERRUPTED, PASS, UNFINISHED, USAGE
 from impls.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +47,35 @@ def test_what_is_missing_is_said(capsys):
     assert main(["yardstick", "--tokens", "64", "--heads", "1", "--minutes", "1e-9"]) == UNFINISHED
     told = capsys.readouterr().out
     assert "not timed" in told and "not compiled: " in told and "TRITON_INTERPRET" in told
+
+
+def test_lengths_that_are_finished_are_kept_and_not_timed_again(tmp_path, monkeypatch):
+    """Interrupted in the second of two lengths; the same command times that one alone."""
+    out, begun, real = tmp_path / "y.json", [], yardstick.timed
+
+    def interrupted(T, *others):
+        begun.append(T)
+        if T == 128 and len(begun) == 2:
+            raise KeyboardInterrupt
+        return real(T, *others)
+
+    monkeypatch.setattr(yardstick, "timed", interrupted)
+    monkeypatch.setattr(yardstick.provenance, "sources", lambda: "as they are")
+    command = ["yardstick", "--tokens", "64,128", "--heads", "1", "--out", str(out)]
+    assert main(command) == INTERRUPTED
+    first = json.loads(out.read_text())["timed"]
+    assert [x["T"] for x in first] == [64]
+    assert main(command) == PASS and begun == [64, 128, 128]
+    found = json.loads(out.read_text())["timed"]
+    assert found[0] == first[0] and [x["T"] for x in found] == [64, 128]
+    assert main([*command, "--heads", "2"]) == PASS and begun[3:] == [64, 128]
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(yardstick, "timed", None)
+    (tmp_path / "there").touch()
+    assert main(["yardstick", "--tokens", "64", "--out", str(tmp_path / "there" / "y.json")]) == USAGE
+    assert "cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
