@@ -153,18 +153,12 @@ class _Walk:
 
     def back(self, chain: Sequence[list[Span]]) -> None:
         """Write the gradients of a chain of blocks."""
-        kept, S = [], None
-        for spans in chain:
-            kept.append(S)
-            block, states = self.replay(spans, S)
-            S = states[-1].clone() if spans is not chain[-1] else None
+        kept: list[torch.Tensor | None] = [None]
+        for spans in chain[:-1]:
+            kept.append(self.replay(spans, kept[-1])[1][-1].clone())
         dS = None
-        while kept:
-            dS = self.retreat(spans, block, states, dS)
-            kept.pop()
-            if kept:
-                spans = chain[len(kept) - 1]
-                block, states = self.replay(spans, kept[-1])
+        for spans in reversed(chain):
+            dS = self.retreat(spans, *self.replay(spans, kept.pop()), dS)
 
     def gathered(self, x: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
         """Return tokens of x in a block [slots, lanes, C, channels]."""
