@@ -127,7 +127,7 @@ class Pool(RuleBasedStateMachine):
         """Take several tokens with a slot for each; how many are right is not known yet."""
         sequence = data.draw(st.sampled_from(self.settled()))
         sequence.slots += [self.free.pop(0) for _ in range(MOST - 1)]
-        self.stepped([sequence], MOST, torch.tensor([sequence.slots]))
+        self.stepped([None, sequence], MOST, torch.tensor([[-1] * MOST, sequence.slots]))
         sequence.pending = MOST
 
     @precondition(lambda self: [x for x in self.live if x.pending])
@@ -136,7 +136,21 @@ class Pool(RuleBasedStateMachine):
         """Go on behind as many tokens as were accepted; the others are forgotten."""
         sequence = data.draw(st.sampled_from([x for x in self.live if x.pending]))
         sequence.drop(sequence.pending - accepted)
-        self.stepped([sequence], MOST, torch.tensor([sequence.slots]), torch.tensor([accepted]))
+        self.stepped(
+            [sequence, None], MOST, torch.tensor([sequence.slots, [-1] * MOST]), torch.tensor([accepted, MOST])
+        )
+
+    @precondition(lambda self: [x for x in self.live if x.pending])
+    @rule(accepted=st.integers(1, MOST), data=st.data())
+    def settle(self, accepted, data):
+        """Accept tokens, and go on without speculating: the state moves to the first slot, where the ring is."""
+        sequence = data.draw(st.sampled_from([x for x in self.live if x.pending]))
+        sequence.drop(sequence.pending - accepted)
+        first, *others = sequence.slots
+        self.state[first] = self.state[sequence.slots[accepted - 1]].clone()
+        self.state[others] = torch.nan
+        self.free += others
+        sequence.slots, sequence.pending = [first], 0
 
     @precondition(lambda self: self.settled() and self.free)
     @rule(data=st.data())
