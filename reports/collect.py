@@ -6,6 +6,7 @@ with a larger share of its time.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kda_spec", "impls", "verify", "autotune", "kimi_linear")
 DONE, USAGE, FAILED, UNFINISHED, INTERRUPTED = 0, 2, 1, 7, 130
 STATE = "collected.json"
-GRACE = 10.0
+GRACE = 30.0
 """Seconds between asking a command to stop and ending it."""
 TAIL = 600
 """Characters of what a failed command printed last that are kept."""
@@ -234,7 +235,7 @@ class Collection:
         begun, log = time.monotonic(), self.folder / f"{step.name.replace(' ', '-')}.log"
         code = None
         try:
-            code = ended([sys.executable, *command[1:]], log, seconds)
+            code = ended([sys.executable, *command[1:]], log, seconds, step.done)
         finally:
             outcome = (
                 "done" if code in step.done else "cut off" if code in (None, UNFINISHED, INTERRUPTED) else "failed"
@@ -261,8 +262,11 @@ class Collection:
         os.replace(path, self.folder / STATE)
 
 
-def ended(command: list[str], log: Path, seconds: float) -> int | None:
-    """Run a command with all it starts, its output in a file; returns its exit code, None where the time ended it."""
+def ended(command: list[str], log: Path, seconds: float, done: Sequence[int] = ()) -> int | None:
+    """Run a command with all it starts, its output in a file; returns its exit code.
+
+    Where the time ended it that is None, unless it was done at that moment, with one of these codes.
+    """
     with log.open("w") as stream:
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
@@ -270,20 +274,57 @@ def ended(command: list[str], log: Path, seconds: float) -> int | None:
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return None
+            _stop(process)
+            return process.returncode if process.returncode in done else None
         finally:
             _stop(process)
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Ask a process and all of its group to stop, and end those that do not."""
-    for kind, grace in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, kind)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(grace)
-        except subprocess.TimeoutExpired:
-            continue
+    """Ask a process to stop, as Ctrl-C does, and end what of it and of all it started is left."""
+    started = descendants(process.pid) if process.poll() is None else []
+    try:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(GRACE)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        pass
+    for number, begun in [(process.pid, None), *started]:
+        if begun is None or _begun(number) == begun:
+            _end(number, os.killpg if begun is None else os.kill)
     process.wait()
+
+
+def _end(number: int, kill: Callable[[int, int], None]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        kill(number, signal.SIGKILL)
+
+
+def descendants(root: int) -> list[tuple[int, str]]:
+    """Return the processes that a process has started, sessions of their own among them, each with when it began.
+
+    Without /proc there are none: its group is ended then.
+    """
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        if (fields := _stat(path)) is not None:
+            children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found, waiting = [], [root]
+    while waiting:
+        for child in children.get(waiting.pop(), []):
+            waiting.append(child)
+            found.append((child, _begun(child) or ""))
+    return found
+
+
+def _stat(path: Path) -> list[str] | None:
+    """Return the fields of /proc/N/stat behind the name; None of a process that is gone."""
+    try:
+        return path.read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def _begun(number: int) -> str | None:
+    """Return when a process began: a number that is used again is another process."""
+    fields = _stat(Path(f"/proc/{number}/stat"))
+    return fields[19] if fields else None

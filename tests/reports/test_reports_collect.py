@@ -68,17 +68,29 @@ def test_an_exit_code_may_be_a_result(tmp_path):
     assert (code, found["a"]["outcome"], found["b"]["outcome"]) == (collect.UNFINISHED, "done", "cut off")
 
 
-def test_a_step_gets_its_share_and_is_ended_with_all_it_started(tmp_path):
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(collect, "GRACE", 1.0)
+
+
+@pytest.mark.parametrize("session", [False, True])
+def test_a_step_gets_its_share_and_is_ended_with_all_it_started(tmp_path, impatient, session):
     child = (
-        "import subprocess; p = subprocess.Popen(['sleep', '600']); "
-        + "open(folder + '/pid', 'w').write(str(p.pid)); p.wait()"
+        "import signal, subprocess; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        f"p = subprocess.Popen(['sleep', '600'], start_new_session={session}); "
+        "open(folder + '/pid', 'w').write(str(p.pid)); p.wait()"
     )
-    begun = time.monotonic()
-    code, found = collected(tmp_path, step("a", child), step("b", writes("b")), seconds=10)
+    code, found = collected(tmp_path, step("a", child), step("b", writes("b")), seconds=8)
     assert (code, found["a"]["outcome"], found["b"]["outcome"]) == (collect.UNFINISHED, "cut off", "done")
-    assert found["a"]["code"] is None and time.monotonic() - begun < 30
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert found["a"]["code"] is None and found["a"]["seconds"] < 8
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.parametrize(("code", "outcome"), [(0, "done"), (3, "cut off")])
+def test_a_step_that_is_done_at_the_last_moment_is_done(tmp_path, code, outcome):
+    late = f"import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: sys.exit({code})"
+    assert collected(tmp_path, step("a", late), seconds=3)[1]["a"]["outcome"] == outcome
 
 
 @pytest.mark.parametrize(("resumes", "text"), [(False, "x"), (True, "xx")])
