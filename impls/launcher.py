@@ -7,6 +7,7 @@ import torch
 
 from impls.checks import DTYPE_NAMES, bounds_of
 from impls.plan import Plan, Problem
+from impls.table import INTERPRET_HINT, interpreting
 
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -52,8 +53,15 @@ def forward_of(plan_of: Callable[[Problem, torch.device, int, tuple[int, ...]], 
 
 
 def check_interpreter(q: torch.Tensor) -> None:
-    """Refuse bfloat16 in an interpreter that multiplies its bit patterns: results were 10 orders of magnitude off."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+    """Refuse tensors on a CPU without the interpreter, and bfloat16 in one that multiplies its bit patterns.
+
+    Its results were 10 orders of magnitude off.
+    """
+    if q.device.type != "cpu":
+        return
+    if not interpreting():
+        raise ValueError(f"q must be on a GPU for a Triton kernel, got cpu{INTERPRET_HINT}")
+    if q.dtype != torch.bfloat16:
         return
     from triton.runtime import interpreter
 

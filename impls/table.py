@@ -74,7 +74,7 @@ class Impl:
             return f"{self.name} is of the form {self.form}, not {form}"
         if device.split(":")[0] not in self.devices:
             where = f"{self.name} runs on {', '.join(self.devices)}, not on {device}"
-            return where + _INTERPRET_HINT if device == "cpu" and "interpret" in self.devices else where
+            return where + INTERPRET_HINT if device == "cpu" and "interpret" in self.devices else where
         if "triton" in self.name and find_spec("triton") is None:
             return f"{self.name} needs triton, which is not installed"
         if dtype not in self.dtypes:
@@ -88,7 +88,7 @@ class Impl:
         return None
 
 
-_INTERPRET_HINT = "; CPU tensors run in Triton's interpreter, where TRITON_INTERPRET=1 is set before triton is imported"
+INTERPRET_HINT = "; CPU tensors run in Triton's interpreter, where TRITON_INTERPRET=1 is set before triton is imported"
 
 
 def interpreting() -> bool:

@@ -72,6 +72,22 @@ def test_cpu_tensors_need_the_interpreter():
     assert done.stdout.splitlines() == [f"{name} runs on cuda, interpret, not on cpu{hint}" for name in NAMES]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "impls.decode_kda(x, x, x, x, x[..., 0], torch.zeros(1, 1, 2, 2), implementation='decode_triton')",
+        "impls.dplr(x, x, x, x, x, x, implementation='dplr_triton')",
+    ],
+    ids=["decode_kda", "dplr"],
+)
+def test_what_is_no_row_needs_the_interpreter_too(call):
+    """Triton's own error is `0 active drivers`."""
+    code = f"import torch, impls\nx = torch.zeros(1, 3, 1, 2)\n{call}"
+    plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=plain)
+    assert "ValueError: q must be on a GPU for a Triton kernel, got cpu; CPU tensors run in" in done.stderr
+
+
 def test_where_triton_is_missing_the_rows_say_so(monkeypatch):
     monkeypatch.setattr("impls.table.find_spec", lambda name: None)
     for name in NAMES:
