@@ -138,7 +138,7 @@ def decode_kda(
         convolution, norm: what else is fused into the step.
         out: where o is written, contiguous.
         implementation: decode_triton or decode_torch; None for what fits q's device.
-        config: a RecurrentTritonConfig for decode_triton.
+        config: a RecurrentTritonConfig for decode_triton; with a norm its value tile is all of V.
         keywords: scale, A_log, dt_bias, lower_bound, use_qk_l2norm_in_kernel, use_gate_in_kernel,
             use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first: as for `impls.fused_recurrent_kda`.
 

@@ -9,6 +9,7 @@ value channels of a head in one program. Only x of the grid is used, in parts of
 
 import functools
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import triton
@@ -132,8 +133,11 @@ def decode(
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(problem: Problem, tile: int, warps: int, W: int, per_token: bool, norm: str, given: tuple[str, ...]) -> Launch:
-    """Return the launch of a step: `problem.T` tokens, value tiles of `tile`, the buffers that are given."""
+def plan(
+    problem: Problem, config: RecurrentTritonConfig, W: int, per_token: bool, norm: str, given: tuple[str, ...]
+) -> Launch:
+    """Return the launch of a step of `problem.T` tokens, with the buffers that are given."""
+    tile = config.value_tile
     sizes = {name: getattr(problem, name) for name in ("T", "H", "HV", "K", "V", "BK")}
     modes = {"L2NORM": problem.l2norm, "GATE": problem.gate, "SIGMOID": problem.sigmoid, "V_FIRST": problem.v_first}
     return Launch(
@@ -142,23 +146,25 @@ def plan(problem: Problem, tile: int, warps: int, W: int, per_token: bool, norm:
         programs=problem.N * problem.HV * -(-problem.V // tile),
         buffers=given,
         constants=sizes | modes | {"BV": tile, "W": W, "PER_TOKEN": per_token, "NORM": norm},
-        options=options(warps, 1),
+        options=options(config.warps, config.stages, config.registers),
     )
 
 
-def tiling(problem: Problem, W: int, norm: bool, config: RecurrentTritonConfig | None) -> tuple[int, int]:
-    """Return value tile and warps: a configuration's, else what the compiler made the least of on sm_90.
+def fitted(problem: Problem, W: int, norm: bool, config: RecurrentTritonConfig | None) -> RecurrentTritonConfig:
+    """Return the configuration, its value tile no wider than V and with a norm all of V; else the default on sm_90.
 
     At K = V = 128, registers and microseconds by estimate of one sequence and of 256 (32 heads; the bytes alone 0.9 and
     224): plain 16 channels on 4 warps 56, 1.6, 249; convolution of 4 32 on 4 128, 4.4, 279 (16 on 4: 6.7, 474); with
     the norm 128 on 16 128, 24 bytes spilled, 5.9, 369. Nothing was measured.
     """
+    if config is not None and not isinstance(config, RecurrentTritonConfig):
+        raise TypeError(f"config must be a RecurrentTritonConfig for decode_triton, got {type(config).__name__}")
     if config is not None and (reason := invalid(config)):
         raise ValueError(reason)
     most = tile_of(problem.V)
     tile = most if norm else min(config.value_tile if config else 32 if W else 16, most)
-    elements = tile * problem.BK // (1024 if norm or W else 512)
-    return tile, config.warps if config else min(16, max(1, elements))
+    warps = tile * problem.BK // (1024 if norm or W else 512)
+    return replace(config or RecurrentTritonConfig(warps=min(16, max(1, warps))), value_tile=tile)
 
 
 def decode_triton(q, k, v, g, beta, step: Step, config: RecurrentTritonConfig | None = None) -> torch.Tensor:
@@ -179,8 +185,8 @@ def decode_triton(q, k, v, g, beta, step: Step, config: RecurrentTritonConfig | 
         given |= {"norm_weight": norm.weight, "norm_gate": norm.gate}
     buffers = {name: x.contiguous() for name, x in given.items() if x is not None}
     W = convolution.q_weight.shape[1] if convolution else 0
-    tile, warps = tiling(problem, W, norm is not None, config)
-    launch = plan(problem, tile, warps, W, step.per_token, norm.activation if norm else "none", tuple(buffers))
+    config = fitted(problem, W, norm is not None, config)
+    launch = plan(problem, config, W, step.per_token, norm.activation if norm else "none", tuple(buffers))
     scalars = {
         "slots": step.state.shape[0], "R": convolution.q_ring.shape[1] if convolution else 1, "scale": call.scale,
         "lower_bound": call.lower_bound or 0.0, "epsilon": norm.epsilon if norm else 0.0,
