@@ -55,10 +55,10 @@ def build(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise UsageError(f"build needs {error.name}: pip install -e '.[reports]'") from error
     try:
-        for path in pages.build(results, args.out, args.markdown, args.png):
-            print(path)
+        written = pages.build(results, args.out, args.markdown, args.png)
     except OSError as error:
-        raise UsageError(f"--out {args.out}: {error}") from error
+        raise UsageError(f"cannot write: {error}") from error
+    print(*written, sep="\n")
     return DONE
 
 

@@ -63,6 +63,11 @@ class Step:
     resumes: bool = False
     """Whether it goes on with its own files; those of the others are removed before they are run again."""
 
+    @property
+    def clocked(self) -> bool:
+        """Tell whether it fills the minutes it is told; what ends by itself may take half of all that is left."""
+        return "{minutes}" in self.command
+
 
 _TUNED = ("--out", "{folder}/tuned", "--minutes", "{minutes}", "--record")
 _TUNE = ("autotune", "tune", "--device", "{device}", "--op")
@@ -208,10 +213,11 @@ class Collection:
         end, waiting = time.monotonic() + seconds, self.left()
         self.say(f"{self.folder}: {len(self.steps) - len(waiting)} of {len(self.steps)} steps done")
         while waiting:
-            share = (end - time.monotonic()) * waiting[0].weight / sum(step.weight for step in waiting)
+            step, left = waiting[0], end - time.monotonic()
+            share = left * max(step.weight / sum(x.weight for x in waiting), 0.0 if step.clocked else 0.5)
             if share < LEAST:
                 break
-            step = waiting.pop(0)
+            waiting.pop(0)
             try:
                 self._run(step, share)
             except KeyboardInterrupt:

@@ -24,7 +24,10 @@ def build(results: list[Result], out: Path, markdown: bool = False, png: Path | 
     if markdown:
         texts[out / SUMMARY] = summary(results, found, now).encode()
     if png:
-        texts |= {png / f"{figure.name}.png": style.png(figure.drawing) for figure in pictures(found)}
+        texts |= {
+            png / f"{figure.name}.png": style.png(figure.drawing, figure.title, str(figure.origin))
+            for figure in pictures(found)
+        }
     for path, content in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)

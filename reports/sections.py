@@ -1,5 +1,6 @@
 """What a report has to say, in its order: a section for each question, whether there are results for it or not."""
 
+import shlex
 from dataclasses import astuple
 
 from reports import claims, counting, models, timing, tuning, verification
@@ -77,7 +78,7 @@ def claimed(results: list[Result]) -> Table:
 def collections(results: list[Result]) -> Table | None:
     """Return the steps of every collection, or None where there is none."""
     rows = [
-        (result.origin.file, name, step["outcome"], f"{step['seconds']:.0f}", " ".join(step["command"]))
+        (result.origin.file, name, step["outcome"], f"{step['seconds']:.0f}", shlex.join(step["command"]))
         for result in results
         if result.kind == "collected"
         for name, step in result.data["steps"].items()

@@ -5,13 +5,16 @@ defines the variables for light and dark, decides; a PNG stays light.
 """
 
 import io
+import math
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import matplotlib
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import LogFormatter
+from matplotlib.image import imread
 
 INK, MUTED, GRID, SURFACE = "ink", "muted", "grid", "surface"
 LIGHT = {
@@ -58,6 +61,8 @@ LEVELS = tuple(LIGHT[name] for name in LIGHT if name.startswith("level-"))
 WIDTH = 4.1
 """Inches: as wide as a phone's screen, where 9 points stay 9 points."""
 DPI = 200
+DECADES, LABELLED = 30, (2, 3, 6)
+"""Up to what ratio of its ends an axis has labels between powers of ten, and which."""
 LONG = 20
 """Characters of a name of which two do not fit beside each other."""
 
@@ -90,7 +95,6 @@ _RC = {
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
-    "figure.constrained_layout.use": True,
 }
 
 
@@ -108,14 +112,19 @@ def new(height: float, width: float = WIDTH, **subplots):
 
 
 def logarithmic(axes, x: bool = True, y: bool = False) -> None:
-    """Make axes logarithmic, with numbers that are written out."""
-    if x:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:,g}")
-    if y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:,g}")
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+    """Make axes logarithmic, with numbers that are written out, those between powers of ten where there are few."""
+    for name, axis, wanted in (("x", axes.xaxis, x), ("y", axes.yaxis, y)):
+        if wanted:
+            axes.set(**{f"{name}scale": "log"})
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter(partial(_between, axis))
+
+
+def _between(axis, value: float, _: int) -> str:
+    """Return the label of a minor tick."""
+    low, high = sorted(axis.get_view_interval())
+    digit = round(value / 10.0 ** math.floor(math.log10(value)))
+    return f"{value:,g}" if high < DECADES * low and digit in LABELLED else ""
 
 
 def legend(page: Drawing, axes, columns: int = 2) -> None:
@@ -136,11 +145,24 @@ def svg(page: Drawing, name: str) -> str:
     return re.sub(r"#[0-9a-f]{6}\b", lambda x: f"var(--{names[x[0]]})" if x[0] in names else x[0], text)
 
 
-def png(page: Drawing) -> bytes:
-    """Return a drawing as a PNG on the light surface."""
-    buffer = io.BytesIO()
+def png(page: Drawing, title: str, origin: str) -> bytes:
+    """Return a drawing as a PNG on the light surface, which says by itself what it shows and where that comes from."""
     with matplotlib.rc_context(_RC):
-        page.savefig(buffer, format="png", dpi=DPI, facecolor=LIGHT[SURFACE], metadata={"Software": None})
+        picture = imread(io.BytesIO(_printed(page)))
+        width, height = picture.shape[1] / DPI, picture.shape[0] / DPI
+        above, below = (textwrap.fill(text, int(letters * width)) for text, letters in ((title, 11), (origin, 17)))
+        top, bottom = (0.12 + size * (text.count("\n") + 1) for text, size in ((above, 0.19), (below, 0.12)))
+        slide = Drawing(figsize=(width, top + height + bottom))
+        slide.figimage(picture, 0, round(bottom * DPI))
+        place = {"ha": "center", "va": "center"}
+        slide.text(0.5, 1 - top / 2 / (top + height + bottom), above, fontsize=10, fontweight="bold", **place)
+        slide.text(0.5, bottom / 2 / (top + height + bottom), below, fontsize=6, color=LIGHT[MUTED], **place)
+        return _printed(slide)
+
+
+def _printed(page: Drawing) -> bytes:
+    buffer = io.BytesIO()
+    page.savefig(buffer, format="png", dpi=DPI, facecolor=LIGHT[SURFACE], metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -98,7 +98,8 @@ def matrix(result: Result) -> Figure:
     rows = [(name, *line) for name, line in zip(names, text, strict=True)]
     rows.append(("verdict", *(ended.get(target, "not finished") for target in targets)))
     rows += [(f"{target}: {ended[target]}", *([""] * len(targets))) for target in ended if target not in targets]
-    title = f"Worst error in units of its limit, {plural(count, 'case')}; above 1 fails"
+    whose = f"{targets[0]}: worst" if len(targets) == 1 else "Worst"
+    title = f"{whose} error in units of its limit, {plural(count, 'case')}; above 1 fails"
     return Figure(
         "verification", title, alt, Table.of(("property", *targets), rows), result.origin, page, wide=len(targets) > 5
     )

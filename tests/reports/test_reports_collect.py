@@ -87,6 +87,17 @@ def test_a_step_gets_its_share_and_is_ended_with_all_it_started(tmp_path, impati
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def test_what_fills_its_minutes_gets_its_share_and_what_ends_by_itself_half_of_what_is_left(tmp_path):
+    said = []
+    clocked = Step("a", ("program_of_a_step", "{folder}", "pass", "{minutes}"), 1, "a.txt")
+    steps = clocked, step("b", "pass"), *(step(name, "pass") for name in "cd")
+    Collection(tmp_path, steps, ABOUT, said.append).collect(4000)
+    given = [int(number) for line in said for number in re.findall(r"at most (\d+) s", line)]
+    assert 990 < given[0] <= 1000 and 1900 < given[1] <= 2000
+    [result] = load.read([tmp_path / collect.STATE])
+    assert result.data["steps"]["a"]["command"][-1] == "15.00"
+
+
 @pytest.mark.parametrize(("code", "outcome"), [(0, "done"), (3, "cut off")])
 def test_a_step_that_is_done_at_the_last_moment_is_done(tmp_path, code, outcome):
     late = f"import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: sys.exit({code})"

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import example_results as examples
 import pytest
 
-from reports import load, pages, style, timing, verification
+from reports import counting, load, pages, style, timing, verification
 from reports.__main__ import main
 from reports.sections import SECTIONS, sections
 
@@ -70,6 +70,12 @@ def test_pictures_and_markdown_show_the_same_figures(built):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (built / "png").glob("*.png"))
     left_out = text.count("(The table is in report.html.)")
     assert text.count("<details>") == len(names) - left_out > left_out and "<script>" not in text
+
+
+def test_a_slide_says_what_it_shows_and_where_that_comes_from(tmp_path):
+    [figure] = counting.yardsticks(load.read([examples.document(tmp_path / "y.json", examples.yardstick())]))
+    slides = {style.png(figure.drawing, title, origin) for title in ("a", "b") for origin in ("c", "d")}
+    assert len(slides) == 4 and style.png(figure.drawing, "a", "c") in slides
 
 
 def test_markdown_fits_a_comment_and_leaves_out_the_longest_tables_first(tmp_path):
