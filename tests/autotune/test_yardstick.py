@@ -13,6 +13,7 @@ from autotune import yardstick
 from autotune.__main__ import main
 from autotune.outcomes import INTERRUPTED, PASS, UNFINISHED, USAGE
 from impls.targets import TARGETS
+from reports import load
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +69,7 @@ def test_lengths_that_are_finished_are_kept_and_not_timed_again(tmp_path, monkey
     assert main(command) == PASS and begun == [64, 128, 128]
     found = json.loads(out.read_text())["timed"]
     assert found[0] == first[0] and [x["T"] for x in found] == [64, 128]
+    assert [x.kind for x in load.read([out])] == ["yardstick"], "reports read it"
     assert main([*command, "--heads", "2"]) == PASS and begun[3:] == [64, 128]
 
 
