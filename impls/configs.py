@@ -12,12 +12,13 @@ SMALLEST_TILE = 16
 
 @dataclass(frozen=True)
 class ChunkTorchConfig:
-    """Configure chunk_torch. The results of two configurations agree within rounding, not bit for bit."""
+    """Configure chunk_torch. Two configurations agree within rounding, not bit for bit; so do their gradients."""
 
     chunk_size: int = 16
     """C, tokens per chunk."""
     block_tokens: int = 128
-    """Tokens of a pair that are worked on at a time: a bound on the workspace, no influence on the bits."""
+    """Tokens of a pair that are worked on at a time: a bound on the workspace, no influence on the bits. The backward
+    always takes 128."""
     heads: int = 16
     """Pairs of a sequence and a head worked on at a time: a bound on the workspace, no influence on the bits."""
     compile: bool = False

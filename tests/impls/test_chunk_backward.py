@@ -122,6 +122,22 @@ def test_packed_sequences_have_the_gradients_that_they_have_alone(draw, draw_sta
         assert torch.equal(found[5][n : n + 1], alone[5])
 
 
+def test_neighbours_content_does_not_reach_a_gradient_not_even_nan(draw, draw_state):
+    bounds, (inputs, S0, do, dS) = [0, 17, 150, 290], problem(draw, draw_state, 1, 290, 1, 2, 6, 5, torch.float32, N=3)
+    poisoned = [x.clone() for x in (*inputs, S0, do, dS)]
+    for x in (*poisoned[:5], poisoned[6]):
+        x[:, 17:150] = torch.nan
+    poisoned[5][1], poisoned[7][1] = torch.nan, torch.nan
+    found, others = (
+        chunk_backward_torch.adjoint(*x[:6], torch.tensor(bounds), 0.4, *x[6:], launch())
+        for x in ((*inputs, S0, do, dS), poisoned)
+    )
+    for x, y in zip(found[:5], others[:5], strict=True):
+        assert y[:, 17:150].isnan().all()
+        assert torch.equal(x[:, :17], y[:, :17]) and torch.equal(x[:, 150:], y[:, 150:])
+    assert torch.equal(found[5][::2], others[5][::2])
+
+
 def test_what_is_not_given_counts_as_zero(draw, draw_state):
     inputs, S0, do, dS = problem(draw, draw_state, 1, 200, 1, 2, 8, 8, torch.float64)
     both, of_o, of_S = (
