@@ -12,7 +12,7 @@ BYTES = 1 << 10
 
 def yardsticks(results: list[Result]) -> list[Figure]:
     """Return the figure of every yardstick."""
-    found = (x for x in results if x.kind == "yardstick")
+    found = (x for x in results if x.kind == "yardstick" and x.data["counted"])
     return [replace(yardstick(x), name=f"yardstick-{i}") for i, x in enumerate(found, 1)]
 
 
@@ -21,7 +21,7 @@ def yardstick(result: Result) -> Figure:
     data = result.data
     counted, timed = data["counted"], data["timed"]
     with style.drawing():
-        page, axes = style.new(3.1)
+        page, axes = style.new(2.8)
         for i, of in enumerate(("flops", "bytes")):
             name = f"{'FLOPs' if of == 'flops' else of}, counted"
             at = [(x["T"], x[of]["dplr_over_kda"]) for x in counted]

@@ -62,7 +62,7 @@ def short(x: float) -> str:
     """Return a number in three digits, thousands apart."""
     if x != x or x in (float("inf"), float("-inf")):
         return str(x)
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+    return f"{x:.1e}" if abs(x) >= 1e7 else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
 def times(x: dict) -> str:

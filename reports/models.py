@@ -28,7 +28,7 @@ def over_context(result: Result) -> Figure | None:
         return None
     names = list(dict.fromkeys(row["model"] for row in rows))
     with style.drawing():
-        page, panels = style.new(6.4, nrows=len(COLUMNS), sharex=True)
+        page, panels = style.new(6.1, nrows=len(COLUMNS), sharex=True)
         for axes, (field, (title, unit)) in zip(panels, COLUMNS.items(), strict=True):
             for i, name in enumerate(names):
                 at = sorted(
@@ -75,14 +75,14 @@ def beside(result: Result) -> Figure | None:
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     labels = [f"{row['model']}: {row['asked']}" for row in rows]
     with style.drawing():
-        page, axes = style.new(1.3 + 0.3 * len(rows))
+        page, axes = style.new(0.9 + 0.3 * len(rows))
         for i, name in enumerate(names):
             at = [(row["ms"][name], y) for y, row in enumerate(rows) if name in row["ms"]]
             look = {"color": style.SERIES[i % 7], "label": name, "alpha": 0.85}
             axes.plot([x for x, _ in at], [y for _, y in at], "osD^vPX"[i % 7], **look)
         style.logarithmic(axes)
-        axes.set(xlabel="milliseconds", ylim=(len(rows) - 0.5, -0.5))
-        axes.set_yticks(range(len(rows)), labels)
+        axes.set(xlabel="milliseconds")
+        style.name_rows(axes, labels)
         style.legend(page, axes)
     title = f"The whole model beside transformers': {result.data['model']}"
     alt = f"{title}: {', '.join(names)} on {len(rows)} questions."

@@ -8,7 +8,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -63,11 +63,14 @@ WIDTH = 4.1
 DPI = 200
 DECADES, LABELLED = 30, (2, 3, 6)
 """Up to what ratio of its ends an axis has labels between powers of ten, and which."""
-LONG = 20
-"""Characters of a name of which two do not fit beside each other."""
+LONG, LONGEST = 20, 28
+"""Characters of a name of which two do not fit beside each other, and of one that is shown whole."""
+LINE = 0.17
+"""Inches of a line of a legend."""
 
 _RC = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana"],
     "font.size": 9,
@@ -128,10 +131,23 @@ def _between(axis, value: float, _: int) -> str:
 
 
 def legend(page: Drawing, axes, columns: int = 2) -> None:
-    """Name what was drawn below it; long names stand below each other."""
+    """Name what was drawn below it, in room of its own; long names stand below each other."""
     handles, labels = axes.get_legend_handles_labels()
-    long = any(len(label) > LONG for label in labels)
-    page.legend(handles, labels, loc="outside lower center", ncols=1 if long else columns)
+    columns = 1 if any(len(label) > LONG for label in labels) else columns
+    width, height = page.get_size_inches()
+    page.set_size_inches(width, height + LINE * -(-len(labels) // columns))
+    page.legend(handles, map(brief, labels), loc="outside lower center", ncols=columns)
+
+
+def name_rows(axes, names: Sequence[str]) -> None:
+    """Name rows from above."""
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), map(brief, names))
+
+
+def brief(name: str) -> str:
+    """Return what there is room for of a name: of package.module:function the end tells most."""
+    return name if len(name) <= LONGEST else "…" + name[1 - LONGEST :]
 
 
 def svg(page: Drawing, name: str) -> str:

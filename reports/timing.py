@@ -40,7 +40,7 @@ def latency(result: Result, mode: str) -> Figure | None:
     names = list(dict.fromkeys(name for case in cases for name in _measured(case, mode)))
     looks = _colours(names)
     with style.drawing():
-        page, axes = style.new(1.3 + 0.3 * len(cases))
+        page, axes = style.new(0.9 + 0.3 * len(cases))
         for name in names:
             at = [(_measured(x, mode)[name]["ms"][mode], y) for y, x in enumerate(cases) if name in _measured(x, mode)]
             colour, marker = looks[name]
@@ -49,8 +49,8 @@ def latency(result: Result, mode: str) -> Figure | None:
         floors = [x["floor"]["ms"] for x in cases]
         axes.plot(floors, range(len(cases)), "|", color=style.LIGHT[style.INK], markersize=13, label="floor")
         style.logarithmic(axes)
-        axes.set(xlabel=f"milliseconds, {mode}", ylim=(len(cases) - 0.5, -0.5))
-        axes.set_yticks(range(len(cases)), [x["name"] for x in cases])
+        axes.set(xlabel=f"milliseconds, {mode}")
+        style.name_rows(axes, [x["name"] for x in cases])
         style.legend(page, axes, 3)
     title = f"Time against each peer and the floor of the device, {mode}"
     absent = ", ".join(f"{x['name']} ({x['reason']})" for x in result.data["not_compared"])
@@ -104,7 +104,7 @@ def over_tokens(result: Result, mode: str) -> Figure | None:
     names = list(dict.fromkeys(n for cases in groups.values() for case in cases for n in _measured(case, mode)))
     looks, rows = _colours(names), []
     with style.drawing():
-        page, panels = style.new(0.8 + 2.5 * len(groups), nrows=len(groups), squeeze=False)
+        page, panels = style.new(0.5 + 2.5 * len(groups), nrows=len(groups), squeeze=False)
         for axes, cases in zip(panels[:, 0], groups.values(), strict=True):
             for name in names:
                 at = [
@@ -159,7 +159,7 @@ def roofline(result: Result, mode: str) -> Figure | None:
     names = list(dict.fromkeys(x[2] for x in points))
     looks, copy = _colours(names), ceilings["copy"]["bytes_per_second"]
     with style.drawing():
-        page, axes = style.new(3.5)
+        page, axes = style.new(3.1)
         _ceilings(axes, ceilings, [x[0] for x in points])
         for name in names:
             colour, marker = looks[name]
@@ -191,7 +191,7 @@ def cpu_ratios(result: Result) -> Figure | None:
     names = list(dict.fromkeys(name for case in cases for name in case["ratios"]))
     looks = _colours(names)
     with style.drawing():
-        page, axes = style.new(1.0 + 0.42 * len(cases) + 0.17 * len(names))
+        page, axes = style.new(0.9 + 0.42 * len(cases))
         for i, name in enumerate(names):
             colour, marker = looks[name]
             at = [(x["ratios"][name], y) for y, x in enumerate(cases) if name in x["ratios"]]
@@ -200,8 +200,8 @@ def cpu_ratios(result: Result) -> Figure | None:
             axes.plot([x["median"] for x, _ in at], ys, marker, color=colour, label=name)
         axes.axvline(1, color=style.LIGHT[style.INK], linewidth=1)
         style.logarithmic(axes)
-        axes.set(xlabel="time / ours, in common rounds", ylim=(len(cases) - 0.5, -0.5))
-        axes.set_yticks(range(len(cases)), [x["name"] for x in cases])
+        axes.set(xlabel="time / ours, in common rounds")
+        style.name_rows(axes, [x["name"] for x in cases])
         style.legend(page, axes)
     title = "Prefill and decode on a CPU: how many times longer the others take"
     least = min((x["median"], name, case["name"]) for case in cases for name, x in case["ratios"].items())

@@ -233,9 +233,9 @@ def cost(result: Result) -> Figure | None:
         for y, x in enumerate(stages.values()):
             axes.plot([x["seconds"]["low"], x["seconds"]["high"]], [y, y], color=style.LIGHT[style.MUTED])
             axes.plot(x["mean_s"], y, "o", color=style.SERIES[0])
-        axes.set(ylim=(len(stages) - 0.5, -0.5), xlabel="seconds of a trial")
+        axes.set(xlabel="seconds of a trial")
         style.logarithmic(axes)
-        axes.set_yticks(range(len(stages)), list(stages))
+        style.name_rows(axes, list(stages))
     slowest = max(stages, key=lambda name: stages[name]["mean_s"])
     title = "What a trial costs in each stage of the tuner"
     alt = f"{title}: the longest is '{slowest}', {short(stages[slowest]['mean_s'])} seconds."

@@ -15,6 +15,8 @@ from reports.load import RECORDS, SELF_TEST, Result
 INFINITE = "@-inf"
 TESTED = 1.0
 """Units of legal error by which leaving a term out has to change a case, so that the case tests the term."""
+FARTHEST = 100.0
+"""Where an axis ends."""
 BINS = ((0.25, "up to 0.25"), (0.5, "up to 0.5"), (0.75, "up to 0.75"), (1.0, "up to 1"))
 FAMILIES = ("gates", "keys", "betas", "values", "activation", "dtype")
 """Fields of a recipe that say of what kind a case is."""
@@ -124,9 +126,9 @@ def colour(ratio: float) -> str:
 
 def grid(axes, columns: list[str], rows: list[str]) -> None:
     """Name the columns above and the rows beside a matrix of squares."""
-    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="left")
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlim=(-0.5, len(columns) - 0.5))
+    axes.set_xticks(range(len(columns)), map(style.brief, columns), rotation=30, ha="left")
+    style.name_rows(axes, rows)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.grid(False)
@@ -139,19 +141,15 @@ def _dots(result: Result, name: str, title: str, what: str, values: dict, column
         return None
     labels, targets = list(dict.fromkeys(x for x, _ in values)), list(dict.fromkeys(x for _, x in values))
     with style.drawing():
-        page, axes = style.new(1.3 + 0.2 * len(labels))
+        page, axes = style.new(0.9 + 0.2 * len(labels))
         for i, target in enumerate(targets):
             side = 0.5 * ((i + 0.5) / len(targets) - 0.5)  # equal values of two targets stay visible
             at = [(_drawn(values[x, target]), y + side) for y, x in enumerate(labels) if (x, target) in values]
             xs, ys = zip(*at, strict=True)
             axes.plot(xs, ys, "osD^vPX"[i % 7], color=style.SERIES[i % 7], label=target, alpha=0.85)
         axes.axvline(1, color=style.LIGHT["series-5"], linestyle="--", linewidth=1)
-        axes.set(
-            ylim=(len(labels) - 0.5, -0.5),
-            xlabel=what,
-            xlim=(0, max(1.05, *(1.05 * _drawn(x) for x in values.values()))),
-        )
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set(xlabel=_cut(what, values), xlim=(0, max(1.05, *(1.05 * _drawn(x) for x in values.values()))))
+        style.name_rows(axes, labels)
         style.legend(page, axes)
     label, target = max(values, key=values.get)
     alt = f"{title}. The largest is {short(values[label, target])}, {target} on {label}; 1 is the limit."
@@ -160,8 +158,13 @@ def _dots(result: Result, name: str, title: str, what: str, values: dict, column
 
 
 def _drawn(x: float) -> float:
-    """Return a value that an axis can hold."""
-    return x if x < 1e6 else 1.0
+    """Return where a value is drawn: what is far too large stands at the end of the axis."""
+    return x if x <= FARTHEST else FARTHEST
+
+
+def _cut(what: str, values: dict) -> str:
+    """Return the label of an axis, which says where it ends short of some value."""
+    return f"{what} (beyond {FARTHEST:g} at the end)" if any(not x <= FARTHEST for x in values.values()) else what
 
 
 def _bars(what: str, values: dict[tuple[str, str], float]):
@@ -169,13 +172,13 @@ def _bars(what: str, values: dict[tuple[str, str], float]):
     labels, targets = list(dict.fromkeys(x for x, _ in values)), list(dict.fromkeys(x for _, x in values))
     height = 0.8 / len(targets)
     with style.drawing():
-        page, axes = style.new(1.2 + 0.12 * len(labels) * (len(targets) + 1))
+        page, axes = style.new(0.8 + 0.12 * len(labels) * (len(targets) + 1))
         for i, target in enumerate(targets):
             at = [(values[x, target], y) for y, x in enumerate(labels) if (x, target) in values]
             ys = [y - 0.4 + height * (i + 0.5) for _, y in at]
-            axes.barh(ys, [x for x, _ in at], height * 0.9, color=style.SERIES[i % 7], label=target)
-        axes.set(ylim=(len(labels) - 0.5, -0.5), xlabel=what)
-        axes.set_yticks(range(len(labels)), labels)
+            axes.barh(ys, [_drawn(x) for x, _ in at], height * 0.9, color=style.SERIES[i % 7], label=target)
+        axes.set(xlabel=_cut(what, values))
+        style.name_rows(axes, labels)
         axes.grid(False, axis="y")
         style.legend(page, axes)
     return page, axes
@@ -268,9 +271,9 @@ def _mutants(result: Result, name: str) -> Figure:
         page, axes = style.new(1.9 + 0.175 * len(rows), 2.8 + 0.175 * len(columns))
         hits = [(columns[x], y) for y, mutant in enumerate(rows) for x in found[mutant]]
         axes.plot([x for x, _ in hits], [y for _, y in hits], "s", markersize=8)
-        axes.set(xlim=(-0.5, max(len(columns), 1) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+        axes.set(xlim=(-0.5, max(len(columns), 1) - 0.5))
         axes.set_xticks(range(len(columns)), list(columns), rotation=90)
-        axes.set_yticks(range(len(rows)), rows)
+        style.name_rows(axes, rows)
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)

@@ -183,3 +183,40 @@ def test_without_matplotlib_the_command_says_what_to_install(tmp_path):
     asked = [sys.executable, "-c", program, "build", str(good), "--out", str(tmp_path / "out")]
     run = subprocess.run(asked, cwd=examples.ROOT, capture_output=True, text=True, timeout=60)
     assert (run.returncode, "pip install -e '.[reports]'" in run.stderr) == (2, True), run.stderr
+
+
+def few(**changes) -> list[dict]:
+    """Return the records of a run with one case, of which some fields are others."""
+    return [examples.records()[0], examples.case("ours", p=examples.outcome(0.5)) | changes]
+
+
+ODD = {
+    "nothing was judged": examples.records()[:1],
+    "no limit and no term": few(gates={}, coverage={}),
+    "not a number": few(results={"p": examples.outcome("nan")}),
+    "huge": few(results={"p": examples.outcome(1e300)}, gates={"row": {"observed": 1e308, "what": "o"}}),
+    "a formula for a name": few(target=r"$\frac{$ & <b>"),
+    "a long name": few(target="package.of.somebody.with.a.long.path:" + "f" * 300),
+    "a dozen": [examples.records()[0], *(examples.case(f"target_{i}", p=examples.outcome(0.1)) for i in range(12))],
+    "no mutants": [examples.self_test() | {"matrix": {}}],
+    "no model": [examples.model() | {"rows": []}],
+    "no lengths": [examples.yardstick() | {"counted": [], "timed": []}],
+    "no cases": [examples.bench() | {"cases": [], "ceilings": None}],
+    "no ceilings": [examples.bench() | {"ceilings": None}],
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ODD)
+def test_results_that_are_odd_make_a_page_too(tmp_path, name):
+    path = examples.lines(tmp_path / "odd.jsonl", *ODD[name])
+    assert main(["build", str(path), "--out", str(tmp_path), "--markdown", "--png", str(tmp_path)]) == 0
+    assert "<b>" not in (tmp_path / "report.html").read_text()
+
+
+def test_what_is_far_beyond_its_limit_is_drawn_at_the_end_and_said_to_be(tmp_path):
+    [result] = load.read([examples.lines(tmp_path / "a.jsonl", *few(results={"p": examples.outcome("inf")}))])
+    figure = verification.by_family(result)
+    axes = figure.drawing.axes[0]
+    assert "beyond 100 at the end" in axes.get_xlabel() and axes.get_xlim()[1] >= 100
+    assert {tuple(line.get_xdata()) for line in axes.lines[:1]} == {(100.0,) * len(figure.table.rows)}
