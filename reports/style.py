@@ -65,6 +65,8 @@ DECADES, LABELLED = 30, (2, 3, 6)
 """Up to what ratio of its ends an axis has labels between powers of ten, and which."""
 LONG, LONGEST = 20, 28
 """Characters of a name of which two do not fit beside each other, and of one that is shown whole."""
+ROOM = 44
+"""Characters of a name that stands in a legend by itself."""
 LINE = 0.17
 """Inches of a line of a legend."""
 
@@ -136,7 +138,8 @@ def legend(page: Drawing, axes, columns: int = 2) -> None:
     columns = 1 if any(len(label) > LONG for label in labels) else columns
     width, height = page.get_size_inches()
     page.set_size_inches(width, height + LINE * -(-len(labels) // columns))
-    page.legend(handles, map(brief, labels), loc="outside lower center", ncols=columns)
+    names = [brief(label, ROOM) for label in labels]
+    page.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
 def name_rows(axes, names: Sequence[str]) -> None:
@@ -145,9 +148,9 @@ def name_rows(axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), map(brief, names))
 
 
-def brief(name: str) -> str:
+def brief(name: str, room: int = LONGEST) -> str:
     """Return what there is room for of a name: of package.module:function the end tells most."""
-    return name if len(name) <= LONGEST else "…" + name[1 - LONGEST :]
+    return name if len(name) <= room else "…" + name[1 - room :]
 
 
 def svg(page: Drawing, name: str) -> str:
