@@ -71,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
     budget, timeout = seconds_of(args.budget, "--budget"), seconds_of(args.timeout, "--timeout")
     fixed = dict(fixed_of(x) for x in args.fix)
     space, box = space_of(implementation, setting, fixed), Box(budget)
-    compiling, Ranking = _imported()
     cache = user_folder().with_name("compiled")
     with ExitStack() as stack:
         pool = stack.enter_context(fleet.joined(args.scheduler)) if args.scheduler else None
+        compiling, Ranking = _imported()
         elsewhere = fleet.compiles(pool, timeout) if pool else None
         compiler = stack.enter_context(compiling.Compiler(cache, args.processes, timeout, elsewhere))
         ranking = Ranking(space, setting, compiler, box)

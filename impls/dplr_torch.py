@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from impls.activations import compute_dtype
 from impls.checks import bounds_of
 from impls.dplr_checks import Dplr
+from impls.sequences import padded
 
 BLOCK_TOKENS = 256
 """Tokens that are worked on at a time: a bound on the workspace, no influence on the bits."""
@@ -86,7 +87,7 @@ def over_chunk(parts: Sequence[torch.Tensor], v: torch.Tensor, S: torch.Tensor) 
 def _block(S, q, k, v, a, b, g, C: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return o [M, L, V] and the states behind a block of L tokens, a multiple of C, of M sequences and heads."""
     M, L = q.shape[:2]
-    chunks = [x.reshape(-1, C, x.shape[-1]) for x in (q, k, a, b, torch.exp(g))]
+    chunks = [x.reshape(-1, C, x.shape[-1]).contiguous() for x in (q, k, a, b, torch.exp(g))]
     parts = [x.view(M, L // C, *x.shape[1:]).unbind(1) for x in within_chunks(*chunks)]
     o = []
     for *own, values in zip(*parts, v.split(C, 1), strict=True):
@@ -143,18 +144,20 @@ def dplr_torch(call: Dplr, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]
 
     Waits for the device where it is to say where packed sequences lie.
     """
-    q, v, dtype = call.tokens[0], call.tokens[2], compute_dtype(call.tokens[2])
-    B, T, H, V = v.shape
+    v, dtype = call.tokens[2], compute_dtype(call.tokens[2])
+    (B, T, H, V), K = v.shape, call.tokens[0].shape[3]
     packed = call.cu_seqlens is not None
     bounds = call.bounds or bounds_of(call.cu_seqlens, T) or [0, T]
     N = len(bounds) - 1 if packed else B
-    S = call.initial_state
-    S = q.new_zeros((N, H, q.shape[3], V), dtype=dtype) if S is None else S.to(dtype)
-    o, states = [], []
+    S = v.new_zeros((N, H, K, V), dtype=dtype) if call.initial_state is None else call.initial_state.to(dtype)
+    # null channels up to a multiple of 16: products of other sizes have other bits in other batches (impls.sequences)
+    S = F.pad(S, (0, padded(V) - V, 0, padded(K) - K))
+    tokens, o, states = [F.pad(x, (0, padded(x.shape[3]) - x.shape[3])) for x in call.tokens], [], []
     for i, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
         own = S[i : i + 1] if packed else S
-        found, left = _Sequence.apply(own, chunk_size, *(x[:, first:last] for x in call.tokens))
+        found, left = _Sequence.apply(own, chunk_size, *(x[:, first:last] for x in tokens))
         o.append(found)
         states.append(left)
-    o = torch.cat(o, 1) if o else v.new_zeros(v.shape, dtype=dtype)
-    return (o * call.scale).to(v.dtype), torch.cat(states) if states else S
+    o = torch.cat(o, 1)[..., :V] if o else v.new_zeros(v.shape, dtype=dtype)
+    S = torch.cat(states) if states else S
+    return (o * call.scale).to(v.dtype), S[..., :K, :V].contiguous()

@@ -14,6 +14,8 @@ from impls import chunk_kda, dplr_torch
 from impls.dplr_checks import Dplr
 from impls.dplr_ops import FORMS, dplr
 from kda_spec.family import FAMILY, Parameters
+from verify.__main__ import main
+from verify.session import PASS
 
 FLOAT32 = 4.8e-7
 """As in tests/impls/test_triton_reference.py."""
@@ -214,3 +216,18 @@ def test_the_longest_chunk_fits_the_shared_memory_of_sm_90():
     assert run.returncode == 0, run.stderr
     needed, there = map(int, run.stdout.split())
     assert 0 < needed <= there
+
+
+@pytest.mark.parametrize("arguments", [["by_torch"], ["by_triton", "--device", "interpret"]], ids=lambda x: x[0])
+def test_the_judge_of_kda_finds_nothing(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    name, *device = arguments
+    assert main([f"impls.dplr_as_kda:{name}", "--profile", "smoke", *device]) == PASS
+    assert "no counterexample" in capfd.readouterr().out
+
+
+def test_tokens_that_lie_head_by_head_are_as_good():
+    """16 tokens of one channel: a view of the blocks is no contiguous tensor there."""
+    tokens = drawn(1, 16, 2, 1, 1)
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tokens]
+    assert torch.equal(dplr(*turned)[0], dplr(*tokens)[0])
