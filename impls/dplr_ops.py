@@ -52,7 +52,8 @@ def dplr(
     Args:
         q, k, a, b: [B, T, H, K]; v: [B, T, H, V]; all of one dtype. g: [B, T, H, K], natural log decay, -inf to 0.
         scale: K ** -0.5 where None. initial_state: [N, H, K, V], or [N, H, V, K] with state_v_first, as the final one.
-        cu_seqlens: [N + 1], B = 1 and N sequences packed along T.
+        cu_seqlens: [N + 1], from 0 to T, B = 1 and N sequences packed along T. On a GPU its values are not read by
+            dplr_triton: o behind the last sequence is undefined there.
         chunk_size: 16, 32 or 64.
         implementation: dplr_torch or dplr_triton; None for what fits: Triton on a GPU where nothing is differentiated.
 

@@ -161,7 +161,7 @@ def test_padding_writes_nothing_but_zeros_into_its_own_output(name, case):
     made.inputs[2][1] = torch.nan
     if made.convolution:
         made.convolution.position[1] = -1
-    pools = [made.state, *((made.convolution.q_ring, made.convolution.v_ring) if made.convolution else ())]
+    pools = [made.state, *(getattr(made.convolution, f"{x}_ring") for x in "qkv" if made.convolution)]
     before = [x.clone() for x in pools]
     o = made.step(name)
     assert torch.equal(o[1], torch.zeros_like(o[1])) and o.isfinite().all()
