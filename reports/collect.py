@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import filelock
@@ -144,14 +145,17 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.minutes < 1e6:
         raise CollectError(f"--minutes must be positive, got {args.minutes:g}")
     steps = CPU if args.device == "cpu" else CUDA
-    folder = chosen(args.out, machine(args.device), sources(ROOT), [step.name for step in steps], args.fresh)
-    about = {"device": args.device, "machine": machine(args.device), "sources": sources(ROOT), "minutes": args.minutes}
-    folder.mkdir(parents=True, exist_ok=True)
+    name, digest = machine(args.device), sources(ROOT)
+    about = {"device": args.device, "machine": name, "sources": digest, "minutes": args.minutes}
+    folder = chosen(args.out, name, digest, [step.name for step in steps], args.fresh)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / ".lock", timeout=0):
-            return Collection(folder, steps, about, print).collect(args.minutes * 60)
+            return Collection(folder, steps, about, partial(print, flush=True)).collect(args.minutes * 60)
     except filelock.Timeout as error:
         raise CollectError(f"{folder}: another collect is at work there") from error
+    except OSError as error:
+        raise CollectError(f"--out {args.out}: {error}") from error
 
 
 def machine(device: str) -> str:
@@ -211,6 +215,7 @@ class Collection:
     def collect(self, seconds: float) -> int:
         """Run the steps that are left, each in its share of the time; returns the exit code."""
         end, waiting = time.monotonic() + seconds, self.left()
+        self._write()
         self.say(f"{self.folder}: {len(self.steps) - len(waiting)} of {len(self.steps)} steps done")
         while waiting:
             step, left = waiting[0], end - time.monotonic()

@@ -174,6 +174,22 @@ def test_two_collections_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
     assert "another collect is at work there" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made_is_a_plain_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(collect, "machine", lambda device: "A CPU")
+    (tmp_path / "file").write_text("")
+    assert main(["collect", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert re.match(r"reports: --out .*file/out: ", capsys.readouterr().err)
+
+
+def test_a_collection_that_was_killed_at_once_goes_on_in_its_folder(tmp_path, monkeypatch):
+    folder = collect.chosen(tmp_path, "A CPU", "12345678", ["a"], False)
+    folder.mkdir()
+    monkeypatch.setattr(Collection, "_run", lambda *arguments: (_ for _ in ()).throw(SystemExit))
+    with pytest.raises(SystemExit):
+        Collection(folder, [step("a", "pass")], ABOUT, print).collect(60)
+    assert collect.chosen(tmp_path, "A CPU", "12345678", ["a"], False) == folder
+
+
 def parser(command: tuple[str, ...]) -> argparse.ArgumentParser:
     """Return the parser of a step's command, the arguments of its sub-command only."""
     if command[0] == "verify":
