@@ -23,14 +23,16 @@ from impls.launcher import check_interpreter
 from impls.layout_triton import inside, state_offsets
 from impls.plan import Launch, Problem, options, tile_of
 
+TOKENS = ("q", "k", "v", "g", "beta", "norm_gate")
+"""What is read where it lies, token by token."""
 GRID = 2**31 - 1
 """Programs of one launch."""
 
 
 @triton.jit
-def convolved(x, weight, ring, i_t, start, o_d, m_d, D, R, W: tl.constexpr, T: tl.constexpr):
-    """Return silu of the convolution at token i_t, channels o_d of rows of D; x and ring point at the sequence's."""
-    total = tl.load(x + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+def convolved(x, weight, ring, i_t, start, o_d, m_d, ROW, D, R, W: tl.constexpr, T: tl.constexpr):
+    """Return silu of the convolution at token i_t, channels o_d; x and ring, rows of ROW and D, are the sequence's."""
+    total = tl.load(x + i_t * ROW + o_d, mask=m_d, other=0.0).to(tl.float32)
     total *= tl.load(weight + o_d * W + (W - 1), mask=m_d, other=0.0).to(tl.float32)
     for w in tl.static_range(W - 1):
         back = i_t - (W - 1) + w
@@ -38,16 +40,16 @@ def convolved(x, weight, ring, i_t, start, o_d, m_d, D, R, W: tl.constexpr, T: t
         m_old = m_d & (back < 0) & (p >= 0)
         b_x = tl.load(ring + tl.where(p >= 0, p % R, 0) * D + o_d, mask=m_old, other=0.0).to(tl.float32)
         if T > 1:
-            b_x += tl.load(x + back * D + o_d, mask=m_d & (back >= 0), other=0.0).to(tl.float32)
+            b_x += tl.load(x + back * ROW + o_d, mask=m_d & (back >= 0), other=0.0).to(tl.float32)
         total += b_x * tl.load(weight + o_d * W + w, mask=m_d, other=0.0).to(tl.float32)
     return total * sigmoid(total)
 
 
 @triton.jit
-def remembered(x, ring, start, o_d, mask, D, R, T: tl.constexpr):
+def remembered(x, ring, start, o_d, mask, ROW, D, R, T: tl.constexpr):
     """Write T rows of raw inputs into the ring of a sequence."""
     for i_t in range(T):
-        row = tl.load(x + i_t * D + o_d, mask=mask, other=0.0)
+        row = tl.load(x + i_t * ROW + o_d, mask=mask, other=0.0)
         tl.store(ring + (start + i_t) % R * D + o_d, row.to(ring.dtype.element_ty), mask=mask)
 
 
@@ -58,7 +60,8 @@ def decode(
     slots, R, first_program, scale, lower_bound, epsilon,
     T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, W: tl.constexpr, PER_TOKEN: tl.constexpr, L2NORM: tl.constexpr, GATE: tl.constexpr,
-    SIGMOID: tl.constexpr, V_FIRST: tl.constexpr, NORM: tl.constexpr,
+    SIGMOID: tl.constexpr, V_FIRST: tl.constexpr, NORM: tl.constexpr, Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
+    V_ROW: tl.constexpr, G_ROW: tl.constexpr, BETA_ROW: tl.constexpr, Z_ROW: tl.constexpr,
 ):
     """Take T tokens of one sequence with BV columns of one head's state, transposed: S [BV, BK]."""
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -85,23 +88,22 @@ def decode(
         of_ring = tl.where(used, of_ring, 0) * R
         q_ring, k_ring, v_ring = q_ring + of_ring * (H * K), k_ring + of_ring * (H * K), v_ring + of_ring * (HV * V)
     m_k, m_v_used, m_s = m_k & used, m_v & used, m_s & used
-    q, k = q + i_n * T * H * K, k + i_n * T * H * K
-    v, o = v + i_n * T * HV * V, o + (i_n * T * HV + i_h) * V
-    g, beta = g + (i_n * T * HV + i_h) * K, beta + i_n * T * HV + i_h
+    q, k, v = q + i_n * T * Q_ROW, k + i_n * T * K_ROW, v + i_n * T * V_ROW
+    g, beta, o = g + i_n * T * G_ROW + i_h * K, beta + i_n * T * BETA_ROW + i_h, o + (i_n * T * HV + i_h) * V
     d_k, d_v = i_k * K + o_k, i_h * V + o_v
     rate, bias = gate_parameters(A_log, dt_bias, i_h, o_k, K, GATE)
     S = tl.load(state + state_offsets(slot * HV + i_h, o_v, o_k, K, V, V_FIRST), mask=m_s, other=0.0).to(tl.float32)
     for i_t in range(T):
         if W > 0:
-            b_q = convolved(q, q_weight, q_ring, i_t, start, d_k, m_k, H * K, R, W, T)
-            b_k = convolved(k, k_weight, k_ring, i_t, start, d_k, m_k, H * K, R, W, T)
-            b_v = convolved(v, v_weight, v_ring, i_t, start, d_v, m_v_used, HV * V, R, W, T)
+            b_q = convolved(q, q_weight, q_ring, i_t, start, d_k, m_k, Q_ROW, H * K, R, W, T)
+            b_k = convolved(k, k_weight, k_ring, i_t, start, d_k, m_k, K_ROW, H * K, R, W, T)
+            b_v = convolved(v, v_weight, v_ring, i_t, start, d_v, m_v_used, V_ROW, HV * V, R, W, T)
         else:
-            b_q = tl.load(q + i_t * H * K + d_k, mask=m_k, other=0.0).to(tl.float32)
-            b_k = tl.load(k + i_t * H * K + d_k, mask=m_k, other=0.0).to(tl.float32)
-            b_v = tl.load(v + i_t * HV * V + d_v, mask=m_v_used, other=0.0).to(tl.float32)
-        b_g = tl.load(g + i_t * HV * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        b_beta = write_strength(tl.load(beta + i_t * HV).to(tl.float32), SIGMOID)
+            b_q = tl.load(q + i_t * Q_ROW + d_k, mask=m_k, other=0.0).to(tl.float32)
+            b_k = tl.load(k + i_t * K_ROW + d_k, mask=m_k, other=0.0).to(tl.float32)
+            b_v = tl.load(v + i_t * V_ROW + d_v, mask=m_v_used, other=0.0).to(tl.float32)
+        b_g = tl.load(g + i_t * G_ROW + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_beta = write_strength(tl.load(beta + i_t * BETA_ROW).to(tl.float32), SIGMOID)
         b_q, b_k = b_q[None, :], b_k[None, :]
         if L2NORM:
             b_q *= inverse_norm(b_q, False)
@@ -113,7 +115,7 @@ def decode(
         S += delta[:, None] * b_k
         if NORM != "none":
             b_o *= tl.rsqrt(tl.sum(tl.where(m_v, b_o * b_o, 0.0), 0) / V + epsilon)
-            b_z = tl.load(norm_gate + (i_n * T + i_t) * HV * V + d_v, mask=m_v_used, other=0.0).to(tl.float32)
+            b_z = tl.load(norm_gate + (i_n * T + i_t) * Z_ROW + d_v, mask=m_v_used, other=0.0).to(tl.float32)
             b_z = sigmoid(b_z) * b_z if NORM == "silu" else sigmoid(b_z)
             b_o *= tl.load(norm_weight + o_v, mask=m_v, other=0.0).to(tl.float32) * b_z
         tl.store(o + i_t * HV * V + o_v, tl.where(used, b_o, 0.0).to(o.dtype.element_ty), mask=m_v)
@@ -127,16 +129,20 @@ def decode(
         tl.store(final + of_state, S.to(final.dtype.element_ty), mask=m_s)
     if W > 0:
         m_first = m_k & (i_v == 0) & (i_h % (HV // H) == 0)
-        remembered(q, q_ring, start, d_k, m_first, H * K, R, T)
-        remembered(k, k_ring, start, d_k, m_first, H * K, R, T)
-        remembered(v, v_ring, start, d_v, m_v_used, HV * V, R, T)
+        remembered(q, q_ring, start, d_k, m_first, Q_ROW, H * K, R, T)
+        remembered(k, k_ring, start, d_k, m_first, K_ROW, H * K, R, T)
+        remembered(v, v_ring, start, d_v, m_v_used, V_ROW, HV * V, R, T)
 
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    problem: Problem, config: RecurrentTritonConfig, W: int, per_token: bool, norm: str, given: tuple[str, ...]
-) -> Launch:
-    """Return the launch of a step of `problem.T` tokens, with the buffers that are given."""
+    problem: Problem, config: RecurrentTritonConfig, W: int, per_token: bool, norm: str, given: tuple[str, ...],
+    rows: tuple[int, ...],
+) -> Launch:  # fmt: skip
+    """Return the launch of a step of `problem.T` tokens, with the buffers that are given.
+
+    rows: elements from a token of q, k, v, g, beta and the norm's gate to the next one.
+    """
     tile = config.value_tile
     sizes = {name: getattr(problem, name) for name in ("T", "H", "HV", "K", "V", "BK")}
     modes = {"L2NORM": problem.l2norm, "GATE": problem.gate, "SIGMOID": problem.sigmoid, "V_FIRST": problem.v_first}
@@ -145,7 +151,8 @@ def plan(
         kernel=decode,
         programs=problem.N * problem.HV * -(-problem.V // tile),
         buffers=given,
-        constants=sizes | modes | {"BV": tile, "W": W, "PER_TOKEN": per_token, "NORM": norm},
+        constants=sizes | modes | {"BV": tile, "W": W, "PER_TOKEN": per_token, "NORM": norm}
+        | dict(zip(("Q_ROW", "K_ROW", "V_ROW", "G_ROW", "BETA_ROW", "Z_ROW"), rows, strict=True)),
         options=options(config.warps, config.stages, config.registers),
     )
 
@@ -167,10 +174,26 @@ def fitted(problem: Problem, W: int, norm: bool, config: RecurrentTritonConfig |
     return replace(config or RecurrentTritonConfig(warps=min(16, max(1, warps))), value_tile=tile)
 
 
+def row_of(x: torch.Tensor) -> int | None:
+    """Return the elements from a token of x [N, T, ..] to the next, None where tokens or what they hold lie otherwise.
+
+    So parts of one projection are read where they are.
+    """
+    dense, (first, row, *inner) = 1, x.stride()
+    for size, stride in zip(reversed(x.shape[2:]), reversed(inner), strict=True):
+        if size > 1 and stride != dense:
+            return None
+        dense *= size
+    if x.shape[1] == 1:
+        return first if x.shape[0] > 1 else dense
+    return row if x.shape[0] == 1 or first == x.shape[1] * row else None
+
+
 def decode_triton(q, k, v, g, beta, step: Step, config: RecurrentTritonConfig | None = None) -> torch.Tensor:
     """Take a step: see `impls.decode.decode_kda`.
 
-    Nothing is waited for, and nothing allocated but copies of inputs that are not contiguous: a CUDA graph can hold it.
+    Nothing is waited for, and nothing allocated but copies of inputs whose tokens are not dense, or not at one distance
+    from each other: a CUDA graph can hold it.
     """
     check_interpreter(q)
     call, problem = step.call, problem_of(q, v, step)
@@ -183,10 +206,13 @@ def decode_triton(q, k, v, g, beta, step: Step, config: RecurrentTritonConfig | 
         given |= {name: getattr(convolution, name) for name in names}
     if norm:
         given |= {"norm_weight": norm.weight, "norm_gate": norm.gate}
-    buffers = {name: x.contiguous() for name, x in given.items() if x is not None}
+    given = {name: x for name, x in given.items() if x is not None}
+    lie = {name: row_of(given[name]) for name in TOKENS if name in given}
+    buffers = {name: x if lie.get(name) is not None else x.contiguous() for name, x in given.items()}
+    rows = tuple(row_of(buffers[name]) if name in buffers else 0 for name in TOKENS)
     W = convolution.q_weight.shape[1] if convolution else 0
     config = fitted(problem, W, norm is not None, config)
-    launch = plan(problem, config, W, step.per_token, norm.activation if norm else "none", tuple(buffers))
+    launch = plan(problem, config, W, step.per_token, norm.activation if norm else "none", tuple(buffers), rows)
     scalars = {
         "slots": step.state.shape[0], "R": convolution.q_ring.shape[1] if convolution else 1, "scale": call.scale,
         "lower_bound": call.lower_bound or 0.0, "epsilon": norm.epsilon if norm else 0.0,
