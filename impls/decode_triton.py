@@ -160,9 +160,10 @@ def plan(
 def fitted(problem: Problem, W: int, norm: bool, config: RecurrentTritonConfig | None) -> RecurrentTritonConfig:
     """Return the configuration, its value tile no wider than V and with a norm all of V; else the default on sm_90.
 
-    At K = V = 128, registers and microseconds by estimate of one sequence and of 256 (32 heads; the bytes alone 0.9 and
-    224): plain 16 channels on 4 warps 56, 1.6, 249; convolution of 4 32 on 4 102, 4.4, 279 (16 on 4: 6.7, 474); with
-    the norm 128 on 16 128, 24 bytes spilled, 5.9, 369. Nothing was measured.
+    At K = V = 128, registers: plain, 16 channels on 4 warps, 48; with a convolution of 4, 32 on 4, 96 and 16 bytes
+    spilled; with the norm, 128 on 16, 128. Chosen by estimates, in microseconds, of one sequence and of 256 (32 heads;
+    the bytes alone 0.9 and 224): 1.6 and 249; 4.4 and 279, where 16 channels took 6.7 and 474; 5.9 and 369. Nothing was
+    measured.
     """
     if config is not None and not isinstance(config, RecurrentTritonConfig):
         raise TypeError(f"config must be a RecurrentTritonConfig for decode_triton, got {type(config).__name__}")
