@@ -63,7 +63,7 @@ WIDTH = 4.1
 DPI = 200
 DECADES, LABELLED = 30, (2, 3, 6)
 """Up to what ratio of its ends an axis has labels between powers of ten, and which."""
-LONG, LONGEST = 20, 28
+LONG, LONGEST = 20, 32
 """Characters of a name of which two do not fit beside each other, and of one that is shown whole."""
 ROOM = 44
 """Characters of a name that stands in a legend by itself."""
