@@ -54,6 +54,12 @@ CASES = (
     Case("decode-b1-h32", 1, 1, 32, RECURRENT, 4, NAIVE[1:], normed=True, state=True, rounds=30, calls=40),
     Case("decode-b16-h32", 16, 1, 32, RECURRENT, 8, NAIVE[1:], normed=True, state=True, rounds=10, calls=10),
 )
+TRAINING = (
+    Case("train-t512-h8", 1, 512, 8, RECURRENT, 15, (CHUNK,), rounds=3),
+    Case("train-t4096-h16", 1, 4096, 16, CHUNK, 0, rounds=3),
+)
+"""Forward and backward, the quicker peer first; token by token transformers would keep 4,096 states of 1 MiB, several
+times over."""
 
 
 def draw(case: Case) -> tuple[list[torch.Tensor], dict]:

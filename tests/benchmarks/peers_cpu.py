@@ -48,14 +48,32 @@ def called(case: Case, name: str) -> Callable | None:
     return lambda: function(*tokens, **keywords)
 
 
+def trained(case: Case, name: str) -> Callable | None:
+    """Return a peer's forward and backward of a case; None where its package is missing."""
+    return None if (function := load(name)) is None else step_of(function, case)
+
+
+def step_of(function: Callable, case: Case) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Return a call of a function of q, k, v, g, beta that returns their gradients of |o|^2 / 2."""
+    tokens, keywords = draw(case)
+    tokens = [x.requires_grad_() for x in tokens]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        o, _ = function(*tokens, **keywords)
+        return torch.autograd.grad(o, tokens, o.detach())
+
+    return step
+
+
 SERVING = """
 import sys, torch
-from cases_cpu import CASES
+from cases_cpu import CASES, TRAINING
 from limits_cpu import in_a_row
-from peers_cpu import called
-case = next(case for case in CASES if case.name == sys.argv[1])
-run = called(case, sys.argv[2])
-torch.set_grad_enabled(False)
+from peers_cpu import called, trained
+case = next(case for case in CASES + TRAINING if case.name == sys.argv[1])
+training = case in TRAINING
+run = (trained if training else called)(case, sys.argv[2])
+torch.set_grad_enabled(training)
 run()
 for _ in sys.stdin:
     print(in_a_row(run, case.calls), flush=True)
@@ -64,7 +82,7 @@ for _ in sys.stdin:
 
 @contextlib.contextmanager
 def apart(case: Case, name: str) -> Iterator[Callable[[], float]]:
-    """Yield a function that times a peer's call, in seconds, in a process of its own."""
+    """Yield a function that times a peer's call, or its training step, in seconds, in a process of its own."""
     paths = os.pathsep.join([str(Path(__file__).parent), os.getcwd(), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-c", SERVING, case.name, name],
