@@ -123,9 +123,11 @@ def _by_context(result: Result, field: str) -> dict[str, dict[int, float]]:
 
 
 def _growth(result: Result) -> dict[str, float] | None:
-    """Return the bytes of cache that a token adds, by model; None without two lengths of both."""
+    """Return the bytes of cache that a token adds, by model; None without two lengths of both, or at another ratio."""
     found = _by_context(result, "cache_bytes")
-    if any(len(found.get(name, {})) < 2 for name in (HYBRID, MLA)):
+    if result.data["arguments"].get("ratio", "None") != "None" or any(
+        len(found.get(name, {})) < 2 for name in (HYBRID, MLA)
+    ):
         return None
     return {
         name: (sizes[max(sizes)] - sizes[min(sizes)]) / (max(sizes) - min(sizes))

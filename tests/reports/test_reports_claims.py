@@ -51,6 +51,11 @@ def test_the_cache_of_a_token_is_told_from_that_of_the_states(tmp_path):
     assert one(found, "The state") == "0 bytes a token in KDA layers"
 
 
+def test_layers_at_another_ratio_than_the_papers_say_nothing_of_its_cache(tmp_path):
+    other = examples.model() | {"arguments": {"preset": "tiny", "layers": "8", "ratio": "1,1"}}
+    assert one(said(tmp_path, [other]), "The KV cache") == one(said(tmp_path, [other]), "The state") == claims.MISSING
+
+
 def test_a_state_that_grows_is_seen(tmp_path):
     rows = [
         row | {"cache_bytes": row["cache_bytes"] + 8 * row["context"] * (row["model"] == "hybrid")}
