@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -138,7 +139,8 @@ def raced(bench: Bench, configs: list, default: object) -> list[Standing]:
 
     A configuration that fails there is left out. Raises what the default raises.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    silent = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is this process's to answer
+    with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, silent) as pool:
         return pool.submit(_raced, bench, configs, default, FINAL).result()
 
 

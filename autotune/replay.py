@@ -9,7 +9,7 @@ from autotune.clock import Standing
 from autotune.outcomes import UsageError
 from autotune.search import FAILED, MEASURED, Outcome
 from autotune.store import write
-from autotune.timing import Box
+from autotune.timing import Box, Spread
 from impls import tuned
 
 KIND, SCHEMA = "trials", 1
@@ -34,6 +34,17 @@ def save(path: Path, table: dict) -> None:
     write(path, json.dumps(table, allow_nan=False).replace('{"config"', '\n{"config"') + "\n")
 
 
+def _itself(outcomes: dict) -> Outcome:
+    """Return what became of a default that is no point of its space, where a smaller one is the same to run.
+
+    By the times over it of the first point that was measured; ValueError where none was.
+    """
+    found = next((x for x in outcomes.values() if x.status == MEASURED), None)
+    if found is None:
+        raise ValueError("nothing in it was measured")
+    return Outcome(MEASURED, 0.0, Spread.of([1.0]), Spread.of([found.ms.median / found.ratio.median]))
+
+
 class Recorded:
     """Plays back a table in the place of `clock.Clock`. A point that was not tried counts as failed."""
 
@@ -54,8 +65,9 @@ class Recorded:
                 tuned.config_of(self.implementation, point["config"]): Outcome.from_json(point["outcome"])
                 for point in data["points"]
             }
+            self.outcomes.setdefault(self.default, _itself(self.outcomes))
             if self.outcome(self.default).status != MEASURED:
-                raise ValueError("its default was not measured")
+                raise ValueError("its default was tried, and not measured")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{argument} {path}: no table of trials: {type(error).__name__}: {error}") from error
 

@@ -109,6 +109,8 @@ def _print(page: Console, name: str, told: dict, shape: tuned.Shape, device: str
     for line in told["looked_for"]:
         page.print(f"  {line['state']:>12}  {line['path']}", markup=False, highlight=False, soft_wrap=True)
     missing = ["nothing tuned: the default runs", f"to tune it: {tuned.command(name, device, shape)}"]
+    if not tuned.folders():
+        missing = ["KDA_TUNED=0: no file is looked up, the default runs"]
     for line in _lines(told) or missing:
         page.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 

@@ -9,8 +9,8 @@ from kimi_linear.sampling import Sampling, choose
 
 def generate(model: KimiLinear, prompts: Ids, **options) -> list[list[int]]:
     """Return the ids that continue each prompt, the one that stopped it included; options as `stream`."""
-    made: list[list[int]] = [[] for _ in prompts]
-    for pairs in stream(model, prompts, **options):
+    steps, made = stream(model, prompts, **options), [[] for _ in prompts]
+    for pairs in steps:
         for row, chosen in pairs:
             made[row].append(chosen)
     return made
@@ -39,8 +39,9 @@ def stream(
     sampling = Sampling(temperature, top_k, top_p, seed)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    prompts = model.prompts(prompts)
     if cache is None:
-        cache = model.cache(len(prompts), max(map(len, prompts), default=1) + max_new_tokens)
+        cache = model.cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
     elif cache.batch != 1:
         raise ValueError(f"cache must hold one sequence, got {cache.batch}: fork it for several")
     cache.check_room([len(prompt) + max_new_tokens - 1 for prompt in prompts])

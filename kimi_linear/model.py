@@ -95,7 +95,10 @@ class KimiLinear(nn.Module):
 
         ids: [B] or [B, 1]. Raises as `prefill`.
         """
-        ids = ids if isinstance(ids, torch.Tensor) else torch.as_tensor(ids)
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"ids must be [B] or [B, 1], whole numbers, got {ids!r}"[:120]) from error
         ids = torch.cat(self._checked(ids[:, None] if ids.ndim == 1 else ids, cache))
         if len(ids) != cache.batch:
             raise ValueError(f"ids must hold one token of each of {cache.batch} sequences, got {len(ids)}")
@@ -160,6 +163,14 @@ class KimiLinear(nn.Module):
 
         return stream(self, prompts, **options)
 
+    def prompts(self, ids: Ids) -> list[torch.Tensor]:
+        """Return one tensor of ids for each sequence; TypeError or ValueError for what are no ids, or no sequences."""
+        if isinstance(ids, str) or not isinstance(ids, torch.Tensor | Sequence) or getattr(ids, "ndim", 1) == 0:
+            raise TypeError(f"ids must be [B, T] or a list of lists of ids, got {ids!r}"[:120])
+        if len(ids) == 0:
+            raise ValueError("ids must hold at least one sequence, got none")
+        return [as_ids(row, prompt, self.config.vocab_size) for row, prompt in enumerate(ids)]
+
     def _pass(self, prompts: Sequence[torch.Tensor], pieces: Sequence[Piece], cache: Cache) -> torch.Tensor:
         """Run one forward pass of prefill over pieces of prompts [n, D], and advance the cache."""
         rows, at, live = [piece.row for piece in pieces], bounds(pieces), cache.live
@@ -185,7 +196,7 @@ class KimiLinear(nn.Module):
         made_for = (cache.config, cache.dtype, cache.device)
         if made_for != (self.config, self.dtype, self.device):
             raise CacheError("the cache was made for another model: take model.cache(...)")
-        prompts = [as_ids(row, prompt, self.config.vocab_size) for row, prompt in enumerate(ids)]
+        prompts = self.prompts(ids)
         if len(prompts) != cache.batch:
             raise ValueError(f"ids must hold {cache.batch} sequences, as the cache does, got {len(prompts)}")
         cache.check_room([len(prompt) for prompt in prompts])
@@ -194,6 +205,8 @@ class KimiLinear(nn.Module):
 
 def as_ids(row: int, prompt: torch.Tensor | Sequence[int], vocab_size: int) -> torch.Tensor:
     """Return a prompt as a tensor of int64; TypeError or ValueError for an empty one and for what are no ids."""
+    if isinstance(prompt, str) or not isinstance(prompt, torch.Tensor | Sequence):
+        raise TypeError(f"prompt {row} must be a list of ids or a tensor of them, got {type(prompt).__name__}")
     prompt = torch.as_tensor(prompt)
     if prompt.ndim != 1 or not len(prompt):
         raise ValueError(f"prompt {row} must be one or more ids, got shape {list(prompt.shape)}")

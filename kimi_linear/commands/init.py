@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
             )
         except FileExistsError as error:
             raise UsageError(str(error)) from error
+        except OSError as error:
+            raise UsageError(f"--out {args.out} cannot be written: {error.strerror or error}") from error
     write_tokenizer(config, args.out)
     total = sum(path.stat().st_size for path in paths)
     console().print(f"{args.out}: {len(paths)} shard{'s' * (len(paths) > 1)}, {size(total)}", soft_wrap=True)

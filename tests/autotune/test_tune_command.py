@@ -170,6 +170,13 @@ def test_show_names_what_was_looked_for_and_the_command_that_would_make_it(cache
     assert "missing" in told and "python -m autotune tune --op recurrent_torch --tokens 1 --heads 32" in told
 
 
+def test_show_says_that_nothing_is_looked_up(cache, monkeypatch, capsys):
+    monkeypatch.setenv("KDA_TUNED", "0")
+    tuned.forget()
+    assert main(["show", "--op", "chunk_torch"]) == NOTHING
+    assert "KDA_TUNED=0: no file is looked up" in capsys.readouterr().out
+
+
 def test_show_says_what_has_changed_since(cache, judged, capsys):
     main(["tune", *TINY, "--budget", "1s"])
     path = own_file(cache)

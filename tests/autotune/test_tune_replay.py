@@ -95,6 +95,16 @@ def test_trials_are_recorded_as_they_were(table, tmp_path, monkeypatch):
     assert (again.outcomes, again.default, again.shape) == (table.outcomes, table.default, table.shape)
 
 
+def test_a_default_that_is_no_point_of_its_space_counts_as_itself(table, tmp_path):
+    """Where T is short a smaller block runs the same, and the default's is left out of the space."""
+    data = json.loads(TABLE.read_text())
+    data["points"] = [point for point in data["points"] if point["config"] != data["default"]]
+    (tmp_path / "table.json").write_text(json.dumps(data))
+    again = Recorded(tmp_path / "table.json")
+    assert again.outcome(again.default).ratio.median == 1.0
+    assert 0.5 < again.outcome(again.default).ms.median / table.outcome(table.default).ms.median < 2
+
+
 def test_what_was_measured_elsewhere_is_not_for_this_machine(capsys):
     assert main(["tune", "--replay", str(TABLE)]) == USAGE
     assert "--out" in capsys.readouterr().err

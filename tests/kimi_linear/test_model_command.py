@@ -131,6 +131,7 @@ USAGE = {
     "no tokens": ["generate", "--model", "{made}", "--prompt", "a", "--max-new-tokens", "0"],
     "temperature": ["generate", "--model", "{made}", "--prompt", "a", "--temperature", "-1"],
     "over a checkpoint": ["init", "--preset", "tiny", "--out", "{made}"],
+    "a folder that cannot be": ["init", "--preset", "tiny", "--out", "{made}/config.json/new"],
     "ratio": ["init", "--preset", "tiny", "--ratio", "3", "--out", "{made}/new"],
     "two models": ["inspect", "--model", "{made}", "--preset", "tiny"],
     "unheard layers": ["inspect", "--model", "{made}", "--layers", "3"],

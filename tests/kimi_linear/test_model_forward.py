@@ -156,6 +156,11 @@ BAD = {
     "out of range": ([[1, 512]], ValueError, "from 0 to 511, prompt 0 has 512"),
     "negative": ([[3, -1]], ValueError, "prompt 0 has -1"),
     "fractions": ([[1.5]], TypeError, "whole numbers"),
+    "text": ("hi", TypeError, "a list of lists of ids, got 'hi'"),
+    "a list of texts": (["hi"], TypeError, "prompt 0 must be a list of ids or a tensor of them, got str"),
+    "one prompt alone": ([1, 2], TypeError, "prompt 0 must be a list of ids or a tensor of them, got int"),
+    "none at all": ([], ValueError, "at least one sequence"),
+    "a number": (torch.tensor(3), TypeError, "a list of lists of ids"),
     "too many prompts": ([[1], [2]], ValueError, "must hold 1 sequences"),
     "longer than the cache": ([[1] * 21], CacheError, "holds 20 tokens per sequence: sequence 0 has 4 and gets 21"),
 }
@@ -181,7 +186,7 @@ def test_a_full_cache_takes_no_step(model):
     assert cache.lengths == (4,)
 
 
-@pytest.mark.parametrize("ids", [[1, 2, 3], [[1, 2]], [1.0]])
+@pytest.mark.parametrize("ids", [[1, 2, 3], [[1, 2]], [1.0], "hi", 3])
 def test_a_step_takes_one_id_of_each_sequence(model, ids):
     cache = model.cache(1, 8)
     model.prefill([[1]], cache)

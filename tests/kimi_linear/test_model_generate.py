@@ -75,7 +75,7 @@ BAD = {
     "nan": ({"temperature": float("nan")}, ValueError, "temperature"),
     "top_k": ({"top_k": 0}, ValueError, "top_k must be at least 1"),
     "top_p": ({"top_p": 0.0}, ValueError, "top_p must be in"),
-    "no prompt": ({"prompts": []}, CacheError, "at least 1"),
+    "no prompt": ({"prompts": []}, ValueError, "at least one sequence"),
     "empty prompt": ({"prompts": [[1], []]}, ValueError, "prompt 1 must be one or more ids"),
 }
 
