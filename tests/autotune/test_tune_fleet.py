@@ -95,7 +95,7 @@ def test_no_trial_runs_twice_and_that_of_a_killed_worker_is_another_ones(shared,
     journal = tmp_path / "x.journal"
     processes = [start(url, journal) for _ in range(count)]
     by_pipe, begun, done = {x.stdout: x for x in processes}, defaultdict(list), {}
-    victim, lost = processes[0], None
+    victim, lost, held = processes[0], None, []
     while by_pipe:
         ready = wait(list(by_pipe), MOMENT)
         assert ready, "the workers have stopped"
@@ -103,11 +103,15 @@ def test_no_trial_runs_twice_and_that_of_a_killed_worker_is_another_ones(shared,
             process, (said, number) = by_pipe[pipe], (pipe.readline().decode().split() or ("ended", 0))
             if said == "measuring":
                 begun[int(number)].append(process)
-                if process is victim and sum(victim in x for x in begun.values()) == 3:
-                    lost = int(number)
-                    victim.kill()  # -9, in the middle of a trial
-                else:
-                    process.stdin.write(b"go on\n")
+                held.append(process)
+                mine = [n for n, x in begun.items() if victim in x]
+                if lost is None and len(mine) == 3 and len(set().union(*begun.values())) == count:
+                    lost = mine[-1]
+                    victim.kill()  # -9, in the middle of its third trial, when everybody is at work
+                going = [x for x in held if x is not victim] if lost is not None else [victim] * (len(mine) < 3)
+                for x in set(going) & set(held):
+                    x.stdin.write(b"go on\n")
+                    held.remove(x)
                 continue
             if said == "done":
                 done[process] = int(number)
