@@ -171,7 +171,10 @@ def _verified(
 
 def least_worst(searches: list[Search]) -> object | None:
     """Return the configuration that was measured for all shapes and is nowhere far behind; None where none was."""
-    worst: Callable[[object], float] = lambda config: max(x.outcomes[config].value for x in searches)  # noqa: E731
+
+    def worst(config) -> float:
+        return max(search.outcomes[config].value for search in searches)
+
     measured = [{config for config, x in search.outcomes.items() if x.status == MEASURED} for search in searches]
     common = set.intersection(*measured) if measured else set()
     return min((config for config in searches[0].outcomes if config in common), key=worst, default=None)

@@ -2,16 +2,21 @@
 Triton's interpreter, since no test needs a GPU: what compiles does so in a child process without the variable. What
 the machine's user has tuned is not found."""
 
+import importlib
 import importlib.util
 import os
+import sys
 import tempfile
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 _cache = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _cache.name
-os.environ.pop("KDA_CONFIG_DIR", None)
+for _name in ("KDA_CONFIG_DIR", "KDA_TUNED", "KDA_COMPILE"):
+    os.environ.pop(_name, None)
+MODULE = "transformers.models.kimi_linear.modeling_kimi_linear"
 
 if importlib.util.find_spec("torch"):
     import torch
@@ -20,3 +25,19 @@ if importlib.util.find_spec("torch"):
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """Import transformers' model with its torch functions, whatever faster ones are installed."""
+    kept = {name: sys.modules.get(name) for name in ("fla", "causal_conv1d", MODULE)}
+    sys.modules.update({"fla": None, "causal_conv1d": None})
+    sys.modules.pop(MODULE, None)
+    try:
+        yield importlib.import_module(MODULE).KimiLinearForCausalLM
+    except ImportError:
+        pytest.skip("this transformers has no Kimi Linear: 5.16 or later is needed")
+    finally:
+        sys.modules.update({name: module for name, module in kept.items() if module})
+        for name in (name for name, module in kept.items() if module is None):
+            sys.modules.pop(name, None)

@@ -1,8 +1,6 @@
 """The definition and transformers' Kimi Linear, written apart, have the same logits from the same checkpoint."""
 
-import importlib
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +10,6 @@ from kda_spec import Settings, forward, settings_of
 
 pytest.importorskip("transformers", reason="transformers is not installed (pip install transformers)")
 torch = pytest.importorskip("torch")
-MODULE = "transformers.models.kimi_linear.modeling_kimi_linear"
 
 RELATIVE = 1e-5
 """Of |logits|: transformers computes in float32. Seen: 2.0e-6 at most."""
@@ -25,22 +22,6 @@ VARIANTS = {
     "experts in every layer": {"first_k_dense_replace": 0},
     "MLA alone": {"linear_attn_config": {"kda_layers": [], "full_attn_layers": [1, 2, 3, 4, 5]}},
 }
-
-
-@pytest.fixture(scope="module")
-def theirs():
-    """Import transformers' model with its torch functions, whatever faster ones are installed."""
-    kept = {name: sys.modules.get(name) for name in ("fla", "causal_conv1d", MODULE)}
-    sys.modules.update({"fla": None, "causal_conv1d": None})
-    sys.modules.pop(MODULE, None)
-    try:
-        yield importlib.import_module(MODULE).KimiLinearForCausalLM
-    except ImportError:
-        pytest.skip("this transformers has no Kimi Linear: 5.16 or later is needed")
-    finally:
-        sys.modules.update({name: module for name, module in kept.items() if module})
-        for name in (name for name, module in kept.items() if module is None):
-            sys.modules.pop(name, None)
 
 
 @pytest.fixture

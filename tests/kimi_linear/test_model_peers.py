@@ -1,7 +1,5 @@
 """The same checkpoint in transformers' Kimi Linear: equal logits over a prompt and 64 decoded tokens, equal choices."""
 
-import importlib
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +10,6 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from kimi_linear import KimiLinear, preset, write_random  # noqa: E402
 
-MODULE = "transformers.models.kimi_linear.modeling_kimi_linear"
 RELATIVE = 1e-5
 """Of |logits|, both in float32. Seen: 5e-6 at most."""
 PROMPT, DECODED = 70, 64  # more than one of its chunks of 64
@@ -31,22 +28,6 @@ TRAPS = {
     "weights with the router's bias": {"biased_router_weights": True},
     "a lower bound": {"lower_bound": -5.0},
 }
-
-
-@pytest.fixture(scope="module")
-def theirs():
-    """Import transformers' model with its torch functions, whatever faster ones are installed."""
-    kept = {name: sys.modules.get(name) for name in ("fla", "causal_conv1d", MODULE)}
-    sys.modules.update({"fla": None, "causal_conv1d": None})
-    sys.modules.pop(MODULE, None)
-    try:
-        yield importlib.import_module(MODULE).KimiLinearForCausalLM
-    except ImportError:
-        pytest.skip("this transformers has no Kimi Linear: 5.16 or later is needed")
-    finally:
-        sys.modules.update({name: module for name, module in kept.items() if module})
-        for name in (name for name, module in kept.items() if module is None):
-            sys.modules.pop(name, None)
 
 
 def both(theirs, config, folder):
