@@ -40,8 +40,8 @@ test-all: $(TEST) ## like test, with the slow tier
 	$(BIN)/ruff check .
 	$(PYTEST) -n 2 --dist loadfile -m "" $(ARGS)
 
-bench: $(TEST) ## time the operations on this CPU, beside the peers that are installed; a JSON under results/
-	$(BIN)/python -m pytest tests/benchmarks -m "" --benchmark-enable --results results $(ARGS)
+bench: $(TEST) ## time all there is on this CPU beside the peers that are installed; results/; 1 if anything got slower
+	$(BIN)/python -m pytest tests/benchmarks -m "" --benchmark-enable --results results --baseline results $(ARGS)
 
 report: $(TEST) ## verify, tune and time this CPU for MINUTES=20, then build/report/report.html of all results
 	$(BIN)/python -m reports collect --device cpu --minutes $(MINUTES) $(ARGS) || test $$? -eq 7
@@ -57,17 +57,17 @@ clean: ## remove .venv, caches and build results
 
 # A stamp stands for a finished installation. The base stamp is away while pip works, so that whatever is interrupted, the
 # next call starts over in an empty $(VENV): pip cannot mend a half-written package.
-$(BASE): pyproject.toml constraints.txt $(BIN)/python
+$(BASE): Makefile pyproject.toml constraints.txt $(BIN)/python
 	@test -e $@ || { $(CHECK_PYTHON) && echo "== creating $(VENV) with $$($(PYTHON) --version)" && $(PYTHON) -m venv --clear $(VENV); }
 	@echo "== installing kda-forge into $(VENV)"
 	@rm -f $@
-	@$(INSTALL) -e ".[triton]"
+	@$(INSTALL) -e ".[triton,model]"
 	@touch $@
 
 $(TEST) $(PEERS): $(VENV)/.installed-%: $(BASE)
 	@echo "== installing kda-forge[$*] into $(VENV)"
 	@mv $(BASE) $(VENV)/.unfinished
-	@$(INSTALL) -e ".[triton,$*]"
+	@$(INSTALL) -e ".[triton,model,$*]"
 	@mv $(VENV)/.unfinished $(BASE)
 	@touch $@
 

@@ -1,11 +1,12 @@
 """Time implementations of Kimi Delta Attention on one device, and choose how they run there."""
 
 import argparse
+import os
 import sys
 import traceback
 
 from autotune import bench, export, merge, show, space, static, tune, yardstick
-from autotune.outcomes import CRASH, INTERRUPTED, USAGE, UsageError
+from autotune.outcomes import CRASH, INTERRUPTED, PASS, USAGE, UsageError
 
 COMMANDS = {
     "bench": bench,
@@ -41,7 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read standard output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PASS
     except UsageError as error:
         print(f"python -m autotune: {error}", file=sys.stderr)
         return USAGE

@@ -5,7 +5,7 @@ import re
 
 from autotune.outcomes import UsageError
 from impls.plan import Problem
-from impls.table import IMPLEMENTATIONS, Impl
+from impls.table import NAMED, Impl
 from impls.targets import TARGETS, Target
 from impls.tuned import Shape
 
@@ -14,7 +14,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def implementation_of(name: str) -> Impl:
     """Return the implementation of that name; UsageError where there is none."""
-    found = {x.name: x for x in IMPLEMENTATIONS}
+    found = {x.name: x for x in NAMED}
     if name not in found:
         raise UsageError(f"OP must be one of {', '.join(found)}, got {name!r}")
     return found[name]

@@ -37,18 +37,22 @@ from autotune.store import Store, read
 from autotune.timing import Box, Stopwatch, stopwatch
 from impls.decode_steps import ROWS as STEPS
 from impls.devices import slug
+from impls.layer_steps import ROWS as LAYERS
 from impls.peers import PEERS, installed
 from impls.table import IMPLEMENTATIONS, Impl
+from impls.training_steps import ROWS as TRAINING
 from verify.plan import PROFILES
 
 SUMMARY = "compare our implementations with other people's"
+OURS = (*IMPLEMENTATIONS, *STEPS, *LAYERS, *TRAINING)
 EPILOG = f"""\
 exit code  {"; ".join(f"{code} {meaning}" for code, meaning in list(MEANINGS.items())[:4])};
            {"; ".join(f"{code} {meaning}" for code, meaning in list(MEANINGS.items())[4:])}
 
 examples   python -m autotune bench --device cuda:0 --minutes 20          all cases against all peers installed
            python -m autotune bench --device cuda:0 --cases 't8192-*' --minutes 8
-           python -m autotune bench --device cuda:0 --cases 'decode-*' --minutes 3
+           python -m autotune bench --device cuda:0 --cases 'decode-*,layer-*' --minutes 6
+           python -m autotune bench --device cuda:0 --cases 'train-*' --minutes 8     forward and backward
            python -m autotune bench --cases 'small-*' --minutes 5          the same code on the CPU
            python -m autotune bench --show results/FILE.json               print the table of a file again
 """
@@ -85,7 +89,7 @@ class Options:
     def ours(self, case: Case) -> list[Impl]:
         """Return the rows of ours that a case is for."""
         asked = {"device": self.kind, "dtype": self.dtype, "K": case.K, "V": case.V}
-        rows = (*IMPLEMENTATIONS, *STEPS) if case.initial else IMPLEMENTATIONS
+        rows = OURS if case.initial or case.training else IMPLEMENTATIONS
         rows = (row for row in rows if row.form in case.forms and row.supports(**asked) is None)
         return [row for row in rows if self.listed(row)]
 
@@ -164,7 +168,7 @@ def _options(args: argparse.Namespace) -> Options:
 def _names(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
-    known = [row.name for row in (*IMPLEMENTATIONS, *STEPS, *(row for rows in PEERS.values() for row in rows))]
+    known = [row.name for row in (*OURS, *(row for rows in PEERS.values() for row in rows))]
     names = tuple(x for x in text.split(",") if x)
     if unknown := [x for x in names or [text] if x not in known]:
         raise UsageError(f"--implementations {', '.join(unknown)}: known are {', '.join(known)}")
@@ -222,12 +226,17 @@ def _header(options: Options, watch: Stopwatch) -> dict:
 def _verify(options: Options, store: Store, box: Box) -> None:
     """Have ours judged, those that the unfinished cases need and that no earlier run has judged."""
     unfinished = [case for case in options.cases if store.case(case.name) is None]
-    needed = dict.fromkeys(row.name for case in unfinished for row in options.ours(case))
+    needed = dict.fromkeys(_judged(row) for case in unfinished for row in options.ours(case))
     known = store.data["verification"]
     names = [name for name in needed if name not in known]
     if names:
         box.check()
         store.keep("verification", known | judge.verified(names, options.device, options.profile, box))
+
+
+def _judged(row: Impl) -> str:
+    """Return the name under which ours is judged: of a layer's step that of its core."""
+    return getattr(row, "judged", None) or row.name
 
 
 def _measure(options: Options, store: Store, box: Box, watch: Stopwatch, page: Console) -> None:
@@ -267,7 +276,7 @@ def _contest(
 
 def _entrants(case: Case, options: Options, store: Store) -> list[Entrant]:
     def entrant(row: Impl, ours: bool) -> Entrant:
-        reason = judge.refusal(store.data["verification"].get(row.name)) if ours else None
+        reason = judge.refusal(store.data["verification"].get(_judged(row))) if ours else None
         refused = (UNVERIFIED, reason) if reason else None
         if casualty := store.casualty(case.name, row.name):
             refused = (RAISED, casualty)
@@ -301,7 +310,7 @@ def _list(page: Console) -> int:
     page.print("[bold]implementations")
     here = {row.name for row in installed()}
     peers = [(row, "" if row.name in here else "; not installed") for rows in PEERS.values() for row in rows]
-    for row, apart in [*((row, "") for row in (*IMPLEMENTATIONS, *STEPS)), *peers]:
+    for row, apart in [*((row, "") for row in OURS), *peers]:
         text = f"  {row.name:18} {', '.join(row.devices):16} {row.summary}{apart}"
         page.print(text, markup=False, highlight=False, soft_wrap=True)
     return PASS

@@ -37,6 +37,8 @@ class Report:
     """What is known of one entrant in one case."""
 
     entrant: Entrant
+    results: tuple[str, ...]
+    """What it returns, by name."""
     status: str = MEASURED
     message: str | None = None
     first_call_s: float | None = None
@@ -86,7 +88,7 @@ def contest(case: Case, entrants: list[Entrant], stage: Stage) -> dict:
     An entrant that raises is recorded with its message, and the others go on.
     """
     begun = stage.box.now()
-    reports = [Report(entrant) for entrant in entrants]
+    reports = [Report(entrant, case.results) for entrant in entrants]
     arguments = draw(case, stage.device, stage.dtype)
     runners: dict[tuple[int, str], Callable[[], float]] = {}
     reference = None
@@ -162,9 +164,8 @@ def _told(error: Exception) -> str:
 
 def _compare(report: Report, mode: str, outputs: tuple, reference: tuple | None) -> None:
     if reference is not None:
-        names = ("o", "final_state")
         found = (relative_error(x, y) for x, y in zip(outputs, reference, strict=True))
-        report.errors[mode] = dict(zip(names, map(number, found), strict=True))
+        report.errors[mode] = dict(zip(report.results, map(number, found), strict=True))
 
 
 def relative_error(x: torch.Tensor, y: torch.Tensor) -> float:

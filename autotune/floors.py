@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from autotune.cases import Case
+from autotune.cases import WIDTH, Case
 from autotune.timing import LAUNCHED, Spread, Stopwatch
 from kda_spec import costs
 
@@ -70,11 +70,20 @@ def floor(case: Case, dtype: str, measured: dict) -> dict:
 
     bytes: inputs read once, outputs written once, raw gates in `dtype`, over the copy bandwidth. flops: those inside
     matrix products of the tree-chunk form at its cheapest chunk length, over the matrix rate in `dtype`. For one token
-    a sequence only bytes count, a state read and a state written: nothing there is a matrix product.
+    a sequence only bytes count, a state read and a state written: nothing there is a matrix product. A layer's step
+    has its convolutions' weights and inputs as well, those that it leaves, and the norm's gate and weight. A training
+    step has both passes: every product of the forward has a gradient by either factor.
     """
-    moved = costs.minimal_bytes(case.sizes, dtype, gate_dtype=dtype, initial_state=case.initial, final_state=True)
+    states = {"initial_state": case.initial, "final_state": not case.training}
+    moved = costs.minimal_bytes(case.sizes, dtype, gate_dtype=dtype, **states)
+    if case.training:
+        moved += costs.minimal_backward_bytes(case.sizes, dtype, gate_dtype=dtype, **states)
+    if case.layer:
+        D = case.H * (2 * case.K + case.V)
+        inputs = D * (case.B * 2 * (WIDTH - 1) + WIDTH)
+        moved += (inputs + case.B * case.H * case.V + case.V) * getattr(torch, dtype).itemsize
     products = (costs.tree_chunk_flops(case.sizes, C, case.lengths).matmul for C in CHUNK_SIZES)
-    flops = 0 if case.T == 1 else min(products)
+    flops = 0 if case.T == 1 else min(products) * (3 if case.training else 1)
     bytes_ms = moved / measured["copy"]["bytes_per_second"] * 1e3
     flops_ms = flops / measured["matmul"][dtype]["flops_per_second"] * 1e3
     return {

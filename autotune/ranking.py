@@ -116,5 +116,5 @@ def _steps(launch: Launch, plan: Plan, problem: Problem) -> int:
         return longest
     if launch.name == "intra":
         return 0
-    segment = min(plan.scalars["segment"], longest)
+    segment = min(plan.scalars.get("segment", longest), longest)
     return -(-longest // segment) if launch.name == "combine" else -(-segment // launch.constants["C"])

@@ -71,6 +71,12 @@ class Recorded:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{argument} {path}: no table of trials: {type(error).__name__}: {error}") from error
 
+    @property
+    def fixed(self) -> dict[str, object]:
+        """Return the fields that have one value in all of its points: it says nothing about others."""
+        rows = [asdict(config) for config in self.outcomes]
+        return {name: x for name, x in rows[0].items() if all(row[name] == x for row in rows)}
+
     def outcome(self, config) -> Outcome:
         """Return what became of a configuration."""
         return self.outcomes.get(config) or Outcome(FAILED, 0.0, message="not in the table")

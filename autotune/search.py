@@ -114,6 +114,9 @@ class Search:
         self.size = self.space.counted().left
         self.points = tuple(self.space.points()) if self.size <= LISTED else ()
         self.values = {name: x for part in self.space.parts.values() for name, x in part.items()}
+        self.counts = {
+            name: len({getattr(point, name) for point in self.points} or values) for name, values in self.values.items()
+        }
         self.distributions = {name: IntDistribution(0, len(x) - 1) for name, x in self.values.items()}
         self.ledger = Ledger(storage.opened(self.url, self.path), self.name, self.distributions)
         self._samplers = (self.sampler,) if self.sampler else (GP, TPE) if find_spec("scipy") else (TPE,)
@@ -201,9 +204,8 @@ class Search:
         return self._screened(self.left) if fits else None
 
     def _neighbour(self) -> object | None:
-        """Return a point that differs from the best one in one field."""
-        best = self.best(0, 1)
-        fields = sorted(self.values.items(), key=lambda field: len(field[1]))
+        """Return a point that differs from the best one in one field, first in those that have the fewest values."""
+        best, fields = self.best(0, 1), sorted(self.values.items(), key=lambda field: self.counts[field[0]])
         near = (replace(x, **{name: value}) for x in best for name, values in fields for value in values)
         return self._screened([x for x in near if self.unknown(x)])
 

@@ -20,6 +20,7 @@ from autotune.arguments import shape_of
 from autotune.outcomes import NOTHING, PASS, UsageError
 from impls import tuned
 from impls.devices import named
+from impls.table import YARDSTICKS
 
 SUMMARY = "explain which tuned configuration is used"
 EPILOG = """\
@@ -34,7 +35,7 @@ examples   python -m autotune show                                          ever
 def configure(p: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     p.epilog = EPILOG
-    p.add_argument("--op", metavar="NAME", help=f"{', '.join(tuned.KINDS)}; default all of the device")
+    p.add_argument("--op", metavar="NAME", help=f"{', '.join(tuned.KINDS)}; default all of the device but dplr_*")
     p.add_argument("--device", default="cpu", help="cpu or cuda:N; default cpu")
     shape = "T, N, HV, K, V, dtype, packed; default T=4096,N=1,HV=16,K=128,V=128,dtype=float32"
     p.add_argument("--shape", default="", metavar="T=N,...", help=shape)
@@ -63,7 +64,7 @@ def _asked(op: str | None, device: str) -> list[str]:
         raise UsageError(f"--op {op}: its kernels look files up on a GPU only: expected --device cuda:N, got {device}")
     if op and op not in known:
         raise UsageError(f"--op must be one of {', '.join(known)}, which look tuned files up on {device}, got {op}")
-    return [op] if op else known
+    return [op] if op else [name for name in known if name not in {row.name for row in YARDSTICKS}]
 
 
 def explained(implementation: str, device: str, shape: tuned.Shape) -> dict:

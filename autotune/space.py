@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 from autotune import display, provenance
@@ -26,13 +27,15 @@ from impls.configs import (
     TUNABLES,
     ChunkTorchConfig,
     ChunkTritonConfig,
+    DplrTorchConfig,
+    DplrTritonConfig,
     RecurrentTritonConfig,
     invalid,
 )
-from impls.defaults import default_chunk, default_recurrent
+from impls.defaults import default_chunk, default_dplr, default_recurrent
 from impls.footprint import shared_memory
 from impls.plan import Problem, tile_of
-from impls.table import IMPLEMENTATIONS, Impl
+from impls.table import NAMED, Impl
 from impls.targets import TARGETS, Target
 
 SUMMARY = "print what can be tuned, and what restricts it"
@@ -40,6 +43,7 @@ DENYLIST = json.loads(Path(__file__).with_name("denylist.json").read_text())
 """Known failures of compilers, with where they are described."""
 EPILOG = """\
 examples   python -m autotune space chunk_torch
+           python -m autotune space dplr_triton
            python -m autotune space chunk_triton --target sm_100 --shape T=8192,H=64,K=128,V=128 --dtype bfloat16
 """
 
@@ -177,20 +181,28 @@ def space_of(implementation: Impl, setting: Setting, fixed: dict[str, object] | 
     return Space(implementation.name, kind, parts, _restrictions(implementation, setting), fixed)
 
 
+DEFAULTS = {
+    ChunkTritonConfig: default_chunk,
+    RecurrentTritonConfig: default_recurrent,
+    DplrTritonConfig: default_dplr,
+}
+
+
 def usual_of(space: Space, setting: Setting):
     """Return the configuration that a call has which names none and which nothing was tuned for."""
     p, target = setting.problem, setting.target
-    if space.kind not in (ChunkTritonConfig, RecurrentTritonConfig):
-        return space.kind()
-    choose = default_chunk if space.kind is ChunkTritonConfig else default_recurrent
-    return choose(p.K, p.V, p.dtype, target)
+    choose = DEFAULTS.get(space.kind)
+    return choose(p.K, p.V, p.dtype, target) if choose else space.kind()
 
 
 def _restrictions(implementation: Impl, setting: Setting) -> tuple[Restriction, ...]:
     problem, target = setting.problem, setting.target
     found = [Restriction("cannot run: impls.configs.invalid", lambda config: invalid(config) is not None)]
     if implementation.config is ChunkTorchConfig:
-        return (*found, *_same_blocks(problem))
+        most = torch.get_num_threads()
+        found.append(Restriction(f"as many threads as the {most} there are, or more", lambda c: c.threads >= most))
+    if implementation.config in (ChunkTorchConfig, DplrTorchConfig):
+        return (*found, *_same_blocks(problem, implementation.config))
     if target is None:
         return tuple(found)
     tile = tile_of(problem.V)
@@ -205,15 +217,17 @@ def _restrictions(implementation: Impl, setting: Setting) -> tuple[Restriction, 
     return (*found, *(_denied(row, implementation.config) for row in rows))
 
 
-def _same_blocks(problem: Problem) -> Iterator[Restriction]:
+def _same_blocks(problem: Problem, kind: type) -> Iterator[Restriction]:
     """Restrict blocks that hold no more than smaller ones: those beyond the smallest value that covers everything."""
-    values = TUNABLES[ChunkTorchConfig][SHARED]
-    pairs, longest = problem.N * problem.HV, problem.T
-    heads, tokens = (
-        next((x for x in values[name] if x >= size), values[name][-1])
-        for name, size in (("heads", pairs), ("block_tokens", longest))
-    )
-    yield Restriction(f"more heads at a time than {pairs} pairs of sequence and head", lambda c: c.heads > heads)
+    values, pairs, longest = TUNABLES[kind][SHARED], problem.N * problem.HV, problem.T
+
+    def enough(name: str, size: int) -> int:
+        return next((x for x in values[name] if x >= size), values[name][-1])
+
+    if "heads" in values:
+        heads = enough("heads", pairs)
+        yield Restriction(f"more heads at a time than {pairs} pairs of sequence and head", lambda c: c.heads > heads)
+    tokens = enough("block_tokens", longest)
     yield Restriction(
         f"blocks longer than T = {longest}", lambda config: config.block_tokens > max(tokens, config.chunk_size)
     )
@@ -227,7 +241,7 @@ def _fitting(implementation: Impl, setting: Setting) -> Iterator[Restriction]:
     def needed(config) -> dict[str, int]:
         return shared_memory(config, setting.problem, setting.target)
 
-    kernels = ("intra", "walk") if implementation.config is ChunkTritonConfig else ("recurrent",)
+    kernels = ("recurrent",) if implementation.config is RecurrentTritonConfig else ("intra", "walk")
     for kernel in kernels:
         part = kernel if kernel in TUNABLES[implementation.config] else SHARED
         yield Restriction(
@@ -261,7 +275,7 @@ def _denied(row: dict, kind: type) -> Restriction:
 def configure(p: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     p.epilog = EPILOG
-    p.add_argument("op", metavar="OP", help=f"implementation: {', '.join(x.name for x in IMPLEMENTATIONS)}")
+    p.add_argument("op", metavar="OP", help=f"implementation: {', '.join(x.name for x in NAMED)}")
     targets = ", ".join(name for name, x in TARGETS.items() if x.backend != "interpret")
     p.add_argument("--target", metavar="NAME", help=f"cpu, {targets}; default cpu, and sm_90 for Triton")
     shape = "T, H, HV, K, V, N (packed where above 1); default T=8192,H=64,K=128,V=128"

@@ -44,7 +44,7 @@ examples   python -m autotune static --target sm_90 --shape T=8192,H=64
 def configure(p: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     p.epilog = EPILOG
-    p.add_argument("--op", default="chunk_triton", metavar="NAME", help="chunk_triton or recurrent_triton")
+    p.add_argument("--op", default="chunk_triton", metavar="NAME", help="chunk_triton, recurrent_triton or dplr_triton")
     p.add_argument("--target", default="sm_90", metavar="NAME", help=f"{', '.join(RATES)}; default %(default)s")
     p.add_argument("--shape", default="", metavar="T=N,H=N,...", help="as in python -m autotune space")
     p.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="default %(default)s")

@@ -17,7 +17,7 @@ from impls import targets, tuned
 from impls.configs import TUNABLES
 from impls.devices import named
 from impls.plan import Problem
-from impls.table import IMPLEMENTATIONS, Impl
+from impls.table import NAMED, Impl, find
 
 OPS = {"chunk_kda": "chunk", "fused_recurrent_kda": "recurrent"}
 """Public operation -> form of the implementations behind it."""
@@ -82,7 +82,7 @@ class Task:
 
 def configure(p: argparse.ArgumentParser) -> None:
     """Add the arguments that say what is tuned."""
-    names = [*OPS, *(row.name for row in IMPLEMENTATIONS if row.config in TUNABLES)]
+    names = [*OPS, *(row.name for row in NAMED if row.config in TUNABLES)]
     p.add_argument("--op", default="chunk_kda", metavar="NAME", help=f"all, {', '.join(names)}; default %(default)s")
     p.add_argument("--device", default="cpu", help="cpu or cuda:N (default %(default)s)")
     p.add_argument("--preset", metavar="NAME", help=f"the shapes of a model: {', '.join(PRESETS)}")
@@ -116,7 +116,7 @@ def tasks_of(args: argparse.Namespace) -> tuple[Task, ...]:
 
 def _rows(op: str, device: str) -> list[Impl]:
     """Return the rows to tune: for an operation the first of its form, which is the one that calls get."""
-    here = [row for row in IMPLEMENTATIONS if device.split(":")[0] in row.devices and row.config in TUNABLES]
+    here = [row for row in NAMED if device.split(":")[0] in row.devices and row.config in TUNABLES]
     first = {name: next(row for row in here if row.form == form) for name, form in OPS.items()}
     known = first | {row.name: row for row in here}
     if op == "all":
@@ -143,9 +143,9 @@ def _recorded(args: argparse.Namespace) -> Task:
     if not args.out:
         raise UsageError("--replay needs --out FOLDER: what was measured elsewhere is not for this machine")
     table = Recorded(args.replay)
-    row, shape = next(x for x in IMPLEMENTATIONS if x.name == table.implementation), table.shape
+    row, shape = find(table.implementation), table.shape
     case = Case("replay", shape.N, shape.T, shape.HV, shape.K, shape.V)
-    return Task(row, "cpu", case, shape.dtype, dict(fixed_of(x) for x in args.fix), table)
+    return Task(row, "cpu", case, shape.dtype, table.fixed | dict(fixed_of(x) for x in args.fix), table)
 
 
 def _provenance() -> dict:

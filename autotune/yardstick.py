@@ -21,9 +21,9 @@ from autotune import display, provenance
 from autotune.outcomes import PASS, UNFINISHED, BoxOver, UsageError
 from autotune.store import now, write
 from autotune.timing import Box, Effort, Spread, race, ratio, stopwatch
-from impls import dplr, find, targets
+from impls import dplr, find, targets, traffic
 from impls.configs import ChunkTorchConfig
-from impls.plan import ITEMSIZE, Plan, Problem
+from impls.plan import Plan, Problem
 from impls.targets import TARGETS
 from kda_spec.costs import dplr_chunk_flops, tree_chunk_flops
 from kda_spec.types import Sizes
@@ -123,10 +123,10 @@ def _problem(T: int, H: int, dtype: str) -> Problem:
 def _plans(problem: Problem, target: targets.Target) -> dict[str, Plan]:
     """Return the plan of both, of chunks of C: they import triton."""
     from impls import chunk_triton, dplr_triton
-    from impls.defaults import default_chunk
+    from impls.defaults import default_chunk, default_dplr
 
     ours = replace(default_chunk(problem.K, problem.V, problem.dtype, target, C), segments=1)
-    theirs = dplr_triton.default(problem, target, C)
+    theirs = default_dplr(problem.K, problem.V, problem.dtype, target, C)
     return {"kda": chunk_triton.plan(problem, ours, target), "dplr": dplr_triton.plan(problem, theirs, target)}
 
 
@@ -135,23 +135,13 @@ def counted(T: int, H: int, dtype: str, target: targets.Target) -> dict:
     problem, sizes = _problem(T, H, dtype), Sizes(1, T, H, H, K, K, 1)
     flops = {"kda": tree_chunk_flops(sizes, C).total, "dplr": dplr_chunk_flops(sizes, C).total}
     plans = _plans(problem, target)
-    moved = {name: _moved(plan, problem) for name, plan in plans.items()}
+    moved = {name: traffic.total(traffic.counted(plan, problem)).moved for name, plan in plans.items()}
     launches = {name: len(plan.launches) for name, plan in plans.items()}
     return {"T": T, "flops": _with_ratio(flops), "bytes": _with_ratio(moved), "launches": launches}
 
 
 def _with_ratio(x: dict[str, float]) -> dict[str, float]:
     return x | {"dplr_over_kda": x["dplr"] / x["kda"]}
-
-
-def _moved(plan: Plan, p: Problem) -> int:
-    """Return the bytes of all tensors that each launch reads or writes, each counted once for a launch."""
-    row, state = p.T * p.HV * ITEMSIZE[p.dtype], p.HV * p.K * p.V * 4
-    sizes = dict.fromkeys(("q", "k", "a", "b", "g"), row * p.K) | dict.fromkeys(("v", "o"), row * p.V)
-    sizes |= {"beta": row, "initial": state, "final": state}
-    for name, (dtype, shape) in plan.workspace.items():
-        sizes[name] = torch.Size(shape).numel() * ITEMSIZE[dtype]
-    return sum(sizes[name] for launch in plan.launches for name in launch.buffers)
 
 
 def compiled(H: int, name: str) -> dict:

@@ -59,11 +59,12 @@ def checked(
     cu_seqlens_cpu: torch.Tensor | None = None,
     return_intermediate_states: bool = False,
     state_interval: int | None = None,
+    disable_recompute: bool = False,
 ) -> Call:
     """Check the keywords and resolve their defaults; the errors are those of `impls.chunk_kda`.
 
     q to beta are checked already: which implementation fits depends on them. `safe_gate` changes nothing: our forms
-    only ever multiply by decays, so any gate is safe.
+    only ever multiply by decays, so any gate is safe. Nor does `disable_recompute`: what can do otherwise takes it out.
     """
     checks.check_flags(
         output_final_state=output_final_state,
@@ -74,6 +75,7 @@ def checked(
         safe_gate=safe_gate,
         state_v_first=state_v_first,
         return_intermediate_states=return_intermediate_states,
+        disable_recompute=disable_recompute,
     )
     checks.check_packing(q, cu_seqlens, cu_seqlens_cpu)
     checks.check_state(initial_state, q, v, cu_seqlens, state_v_first)

@@ -4,6 +4,8 @@ import os
 from dataclasses import astuple, replace
 from functools import lru_cache
 
+import torch
+
 from impls.configs import ChunkTorchConfig, ChunkTritonConfig, RecurrentTorchConfig, RecurrentTritonConfig, invalid
 from impls.defaults import default_chunk, default_recurrent
 from impls.footprint import unfit
@@ -43,11 +45,14 @@ def chunk_torch_config(launch: tuple[int, ...], q, v, cu_seqlens, interval: int)
     interval: tokens between the states that are kept, a multiple of C; 0 where none are.
     """
     if len(launch) > 2:
-        return ChunkTorchConfig(*launch[:3], compile=bool(launch[3]))
+        return ChunkTorchConfig(*launch[:-1], compile=bool(launch[-1]))
     C, compile = launch
     found = for_call("chunk_torch", str(v.device), shape_of(q, v, cu_seqlens), interval or None)
     usual = ChunkTorchConfig(chunk_size=C or ChunkTorchConfig.chunk_size)
-    config = found.config if found and C in (0, found.config.chunk_size) else usual
+    fits = found and C in (0, found.config.chunk_size) and compile in (-1, found.config.compile)
+    config = found.config if fits else usual  # what is tuned uncompiled says nothing of compiled blocks: 64 ms, not 50
+    if config.threads and not found.tuned_with(torch.get_num_threads()):
+        config = replace(config, threads=0)  # the quickest of two threads says nothing of sixteen
     return replace(config, compile=(config.compile if compile < 0 else compile == 1) and v.device.type == "cpu")
 
 
@@ -59,17 +64,23 @@ def recurrent_torch_config(launch: tuple[int, ...], q, v, cu_seqlens) -> Recurre
     return RecurrentTorchConfig(compile=found is not None and found.config.compile and v.device.type == "cpu")
 
 
-def chunk_triton_launch(config: ChunkTritonConfig | None, chunk_size: int | None) -> tuple[int, ...]:
-    """Return what the op is told, C first: the fields of a configuration, or C alone, 0 for any.
+def chunk_triton_launch(
+    config: ChunkTritonConfig | None, chunk_size: int | None, saves: bool = False
+) -> tuple[tuple[int, ...], bool]:
+    """Return what the op is told, C first, and whether the forward saves: asked for here, or by the configuration.
 
-    What is tuned, and the default, depend on sizes and device, which are known inside the op: under torch.compile this
-    here is traced. Raises as `chunk_torch_launch`.
+    It is told the fields of a configuration, or C alone, 0 for any. What is tuned, and the default, depend on sizes and
+    device, which are known inside the op: under torch.compile this here is traced. Raises as `chunk_torch_launch`.
     """
     if config is not None:
-        return _numbers(_accepted(config, ChunkTritonConfig, "chunk_triton", chunk_size))
-    if chunk_size is not None:
-        _accepted(ChunkTritonConfig(chunk_size=chunk_size), ChunkTritonConfig, "chunk_triton")
-    return (chunk_size or 0,)
+        accepted = _accepted(config, ChunkTritonConfig, "chunk_triton", chunk_size)
+        if saves and not accepted.saves:
+            accepted = _accepted(replace(accepted, saves=True), ChunkTritonConfig, "chunk_triton")
+        return _numbers(accepted), accepted.saves
+    if chunk_size is not None or saves:
+        asked = ChunkTritonConfig(chunk_size=chunk_size or ChunkTritonConfig.chunk_size, saves=bool(saves))
+        _accepted(asked, ChunkTritonConfig, "chunk_triton")
+    return (chunk_size or 0,), bool(saves)
 
 
 def recurrent_triton_launch(config: RecurrentTritonConfig | None, chunk_size: int | None) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ enter its chunks are recomputed, their gradients walk back over them, and all th
 the block together (`impls.tree_backward_torch`). Memory is inputs, gradients, a state for every block, and one block.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,14 +17,18 @@ from impls.activations import compute_dtype
 from impls.checks import bounds_of
 from impls.choice import chunk_torch_config
 from impls.compiler_cpu import can_compile, compiled
+from impls.fetch_torch import Fetch
 from impls.pages import room
 from impls.schedule import Span, blocks, gather, scatter
 from impls.sequences import flat, padded, runs_of
 from impls.states import States
+from impls.threads import at_most
 from impls.tree_backward_torch import recomputed, within_gradients
 
 BLOCK_TOKENS = 128
 """Tokens between the states that are kept: where K = V = 128 a quarter of the inputs' memory in float32."""
+SHORT_CHAIN = 4
+"""As many blocks in a row wait for the way back as they are; of more all but the last are recomputed."""
 
 
 def adjoint(q, k, v, g, beta, initial_state, cu_seqlens, scale, do, dS, launch):
@@ -40,9 +45,11 @@ def adjoint(q, k, v, g, beta, initial_state, cu_seqlens, scale, do, dS, launch):
     found = [room(x.shape, x.dtype, x.device) for x in inputs]
     if pairs < HV // H:  # a head of q is in several blocks: add them up, in order, in float32 at least
         found[:2] = [x.new_zeros(x.shape, dtype=wide) for x in (q, k)]
-    walk = _Walk([*inputs, do], [flat(x) for x in found], initial_state, leaving, scale, config, min(pairs, HV // H))
-    for chain in _chains(blocks(runs, HV, pairs, config.chunk_size, walk.slots)):
-        walk.back(chain)
+    with at_most(config.threads):
+        inputs, gradients = [*inputs, do], [flat(x) for x in found]
+        walk = _Walk(inputs, gradients, initial_state, leaving, scale, config, min(pairs, HV // H))
+        for chain in _chains(blocks(runs, HV, pairs, config.chunk_size, walk.slots)):
+            walk.back(chain)
     found[:2] = [x.to(like.dtype) for x, like in zip(found[:2], (q, k), strict=True)]
     return *found, v.new_empty(0) if initial_state is None else leaving.final.to(initial_state.dtype)
 
@@ -73,6 +80,7 @@ class _Functions:
     recomputed: Callable
     advance: Callable
     retreat: Callable
+    value_gradients: Callable
     within_gradients: Callable
 
 
@@ -86,19 +94,36 @@ def advance(X_beta, k_before, k_after, total, v, S, residual, delta, S_next) -> 
     torch.mul(S, total.unsqueeze(-1), out=S_next).baddbmm_(k_after.mT, delta)
 
 
-def retreat(X_turned, beta, rows, k_after, total, of_A, dS_next, y, W, dS) -> None:
-    """Take the gradients dS_next [lanes, K, V] of states back over one chunk: write y, the second half of W, and dS.
+def retreat(
+    X_turned, beta, rows, k_after, total, of_A, delta, S, dS_next, y, W, d_rows, d_k_after, to_total, dS, dense=False
+) -> None:
+    """Take the gradients dS_next [lanes, K, V] of states back over one chunk, and write dS of those that enter, S.
 
-    X_turned: X^T [lanes, C, C]; beta [lanes, C, 1]; rows [lanes, 2C, K]; of_A: A^T do' [lanes, C, V]; W [lanes, 2C, V]
-    holds do' in its first half.
+    X_turned: X^T [lanes, C, C]; beta [lanes, C, 1]; rows [lanes, 2C, K]; of_A: A^T do' [lanes, C, V]; delta
+    [lanes, C, V]; W [lanes, 2C, V] holds do' in its first half. Writes y [lanes, C, V], the second half of W, and
+    d_rows [lanes, 2C, K], d_k_after [lanes, C, K] and to_total [lanes, K] as `within_gradients` takes them: here, where
+    both states are in the cache. dense: multiply by copies of what is turned, as the compiler's template does.
     """
+    turned = [x.mT.contiguous() if dense else x.mT for x in (S, dS_next)]
     d_delta = torch.baddbmm(of_A, k_after, dS_next)
     torch.bmm(X_turned, d_delta, out=y)
     torch.mul(y, -beta, out=W[:, y.shape[1] :])
     torch.mul(dS_next, total.unsqueeze(-1), out=dS).baddbmm_(rows.mT, W)
+    torch.bmm(W, turned[0], out=d_rows)
+    torch.bmm(delta, turned[1], out=d_k_after)
+    torch.mul((S * dS_next).sum(-1), total, out=to_total)
 
 
-_EAGER = _Functions(recomputed, advance, retreat, within_gradients)
+def value_gradients(W, y, residual, delta, L) -> tuple[torch.Tensor, ...]:
+    """Return d_AL [R, 2C, C] as `within_gradients` takes it, dv [R, C, V] and dbeta [R, C, 1] of R chunks.
+
+    W [R, 2C, V]; y, residual, delta [R, C, V]; L [R, C, C].
+    """
+    dbeta = (y * (residual - torch.bmm(L, delta))).sum(-1, keepdim=True)
+    return torch.bmm(W, delta.mT), -W[:, delta.shape[1] :], dbeta
+
+
+_EAGER = _Functions(recomputed, advance, retreat, value_gradients, within_gradients)
 
 
 @functools.lru_cache(maxsize=256)
@@ -114,13 +139,16 @@ def _compiled(slots: int, lanes: int, C: int, K: int, V: int, dtype: torch.dtype
     decayed = (lanes, C, K), (lanes, K)
     of_advance = zeros(square, *decayed, values, state, values, values, state)
     of_advance.insert(1, zeros(rows)[0][:, C:])
-    of_retreat = zeros(square, (lanes, C, 1), rows, *decayed, values, state, values, (lanes, 2 * C, V), state)
+    of_retreat = zeros(square, (lanes, C, 1), rows, *decayed, *[values] * 2, *[state] * 2, values, (lanes, 2 * C, V))
+    of_retreat += zeros(rows, *decayed, state)
+    of_values = zeros((R, 2 * C, V), *[(R, C, V)] * 3, (R, C, C))
     of_within = zeros(*per_token, (R, 2 * C, C), (R, 2 * C, K), (R, C, K), (R, K))
     return _Functions(
-        compiled(recomputed, zeros(*per_token, (R, C, 1)), products=False),
+        compiled(recomputed, zeros(*per_token, (R, C, 1))),
         compiled(advance, of_advance, products=fast),
-        compiled(retreat, of_retreat, products=fast),
-        compiled(within_gradients, of_within, products=False),
+        compiled(functools.partial(retreat, dense=True), of_retreat, products=fast),
+        compiled(value_gradients, of_values),
+        compiled(within_gradients, of_within),
     )
 
 
@@ -146,19 +174,24 @@ class _Walk:
         self.dtype, self.chunk = leaving.final.dtype, config.chunk_size
         self.sizes = tuple(padded(x) for x in leaving.final.shape[-2:])
         self.slots, self.lanes, self.functions = BLOCK_TOKENS // config.chunk_size, None, _EAGER
+        self.fetch = None
         if config.compile and len(gradients[0]) and can_compile():
             self.lanes = config.heads
-            shape = self.slots, self.lanes, self.chunk, *self.sizes
-            self.functions = _compiled(*shape, self.dtype, torch.get_num_threads())
+            shape = self.slots, self.lanes, self.chunk
+            self.functions = _compiled(*shape, *self.sizes, self.dtype, torch.get_num_threads())
+            self.fetch = Fetch(self.tokens[:5], self.tokens[2].shape[1], shape, self.dtype)
 
     def back(self, chain: Sequence[list[Span]]) -> None:
         """Write the gradients of a chain of blocks."""
-        kept: list[torch.Tensor | None] = [None]
-        for spans in chain[:-1]:
-            kept.append(self.replay(spans, kept[-1])[1][-1].clone())
-        dS = None
+        kept, dS = [None], None
+        recent = collections.deque(maxlen=SHORT_CHAIN if len(chain) <= SHORT_CHAIN else 1)
+        for spans in chain:
+            recent.append(self.replay(spans, kept[-1]))
+            kept.append(recent[-1][1][-1].clone())
+        kept.pop()
         for spans in reversed(chain):
-            dS = self.retreat(spans, *self.replay(spans, kept.pop()), dS)
+            S = kept.pop()
+            dS = self.retreat(spans, *(recent.pop() if recent else self.replay(spans, S)), dS)
 
     def gathered(self, x: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
         """Return tokens of x in a block [slots, lanes, C, channels]."""
@@ -171,7 +204,10 @@ class _Walk:
 
         S [lanes', K', V'] entered it, or None where it begins with the first token of its runs.
         """
-        tokens = [self.gathered(x, spans) for x in self.tokens[:5]]
+        if self.fetch:
+            tokens = [x.unflatten(0, (self.slots, self.lanes)) for x in self.fetch(spans)]
+        else:
+            tokens = [self.gathered(x, spans) for x in self.tokens[:5]]
         slots, lanes, C, _ = tokens[0].shape
         states = tokens[0].new_empty((slots + 1, lanes, *self.sizes))
         block = _Block(tokens, (slots, lanes, C), self.functions.recomputed)
@@ -198,37 +234,37 @@ class _Walk:
         """Write the gradients of a block; dS left its last chunk, and the gradient that enters the first returns."""
         do = torch.zeros_like(block.v) if self.tokens[5] is None else self.gathered(self.tokens[5], spans) * self.scale
         W, y = torch.cat([do, do], 2), torch.empty_like(do)  # the second half of W follows
-        parts = block.X_turned, block.beta, block.rows, block.k_after, block.total, torch.matmul(block.A.mT, do)
-        dstates = torch.empty_like(states)
+        d_block = [torch.empty_like(x) for x in (block.rows, block.k_after, block.total)]
+        of_chunk = block.X_turned, block.beta, block.rows, block.k_after, block.total, torch.matmul(block.A.mT, do)
+        parts, d_parts = (*of_chunk, block.delta, states), (y, W, *d_block)
+        dS = None if dS is None else _with_lanes(dS, states.shape[1])
         for span in reversed(spans):
             stop = span.slot + span.slots
             if span.closes:
-                self.close(dstates[stop], span)
-            elif stop == len(states) - 1:
-                dstates[stop] = _with_lanes(dS, states.shape[1])
+                dS = self.closed(span, states[0])
             for i in reversed(range(span.slot, stop)):
-                self.functions.retreat(*(x[i] for x in parts), dstates[i + 1], y[i], W[i], dstates[i])
+                entering = torch.empty_like(dS)
+                self.functions.retreat(*(x[i] for x in parts), dS, *(x[i] for x in d_parts), entering)
+                dS = entering
             if span.opens:
                 n = len(span.runs.order)
-                self.leaving.put(dstates[span.slot, : span.lanes].unflatten(0, (n, -1)), span.runs, span.heads)
-        self.write(spans, self.token_gradients(block, states, dstates, y, W))
-        return dstates[0].clone()
+                self.leaving.put(dS[: span.lanes].unflatten(0, (n, -1)), span.runs, span.heads)
+        self.write(spans, self.token_gradients(block, y, W, *d_block))
+        return dS
 
-    def close(self, dS: torch.Tensor, span: Span) -> None:
-        """Write the gradients of the states that leave a span's runs into dS [lanes, K', V']."""
-        dS.zero_()
+    def closed(self, span: Span, like: torch.Tensor) -> torch.Tensor:
+        """Return the gradients of the states that leave a span's runs, [lanes, K', V']."""
+        dS = torch.zeros_like(like)
         dS[: span.lanes] = self.leaving.take(span.runs, span.heads).flatten(0, 1)
+        return dS
 
-    def token_gradients(self, block: _Block, states, dstates, y, W) -> tuple[torch.Tensor, ...]:
+    def token_gradients(self, block: _Block, y, W, d_rows, d_k_after, to_total) -> tuple[torch.Tensor, ...]:
         """Return the gradients of q, k, v, g, beta [slots, lanes, C, channels]."""
-        C, W, delta = self.chunk, W.flatten(0, 1), block.delta.flatten(0, 1)
-        S, dS_next = states[:-1].flatten(0, 1), dstates[1:].flatten(0, 1)
-        d_AL, d_rows, d_k_after = torch.bmm(W, delta.mT), torch.bmm(W, S.mT), torch.bmm(delta, dS_next.mT)
-        to_total = (S * dS_next).sum(-1) * block.total.flatten(0, 1)
-        dq, dk, dg = self.functions.within_gradients(block.q, block.k, block.g, d_AL, d_rows, d_k_after, to_total)
-        error = block.residual.flatten(0, 1) - torch.bmm(block.L.flatten(0, 1), delta)
-        dbeta = (y.flatten(0, 1) * error).sum(-1, keepdim=True)
-        return tuple(x.view(*block.shape, -1) for x in (dq, dk, -W[:, C:], dg, dbeta))
+        per_chunk = (x.flatten(0, 1) for x in (W, y, block.residual, block.delta, block.L))
+        d_AL, dv, dbeta = self.functions.value_gradients(*per_chunk)
+        found = (x.flatten(0, 1) for x in (d_rows, d_k_after, to_total))
+        dq, dk, dg = self.functions.within_gradients(block.q, block.k, block.g, d_AL, *found)
+        return tuple(x.view(*block.shape, -1) for x in (dq, dk, dv, dg, dbeta))
 
     def write(self, spans: Sequence[Span], found: Sequence[torch.Tensor]) -> None:
         """Store the gradients of a block's tokens, those of q and k summed over the value heads that share them."""
@@ -243,4 +279,4 @@ class _Walk:
 
 def _with_lanes(S: torch.Tensor, lanes: int) -> torch.Tensor:
     """Return states with so many lanes, zero where they are more."""
-    return F.pad(S[:lanes], (0, 0, 0, 0, 0, max(0, lanes - len(S))))
+    return S if len(S) == lanes else F.pad(S[:lanes], (0, 0, 0, 0, 0, max(0, lanes - len(S))))

@@ -12,6 +12,7 @@ tokens and heads.
 
 import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -22,11 +23,13 @@ from impls.choice import chunk_torch_config, chunk_torch_launch
 from impls.chunk_backward_torch import adjoint
 from impls.compiler_cpu import can_compile, compiled
 from impls.configs import ChunkTorchConfig
-from impls.pages import room
+from impls.fetch_torch import Fetch
+from impls.pages import keep_freed_memory, room
 from impls.registration import register, register_raw
 from impls.schedule import Activation, Span, blocks, gather, scatter
 from impls.sequences import flat, padded, runs_of
 from impls.states import States
+from impls.threads import at_most
 from impls.tree_torch import within_chunks
 
 
@@ -41,10 +44,10 @@ def chunk_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     return call(to, q, k, v, g, beta, launch=launch, chunk_size=launch[0] or ChunkTorchConfig.chunk_size, **keywords)
 
 
-def over_chunk(A, X, rows, k_after, total, v, scale, o, S) -> None:
+def over_chunk(A, X, rows, k_after, total, o, v, scale, S) -> None:
     """Take the states S [lanes, K, V] over one chunk, and write scale S^T q into o [lanes, C, V].
 
-    A to total: what `within_chunks` returned; v [lanes, C, V], scale [].
+    A to total: what `within_chunks` returned; v [lanes, C, V] of any dtype, scale [].
     """
     C = v.shape[1]
     seen = torch.bmm(rows, S)
@@ -53,15 +56,37 @@ def over_chunk(A, X, rows, k_after, total, v, scale, o, S) -> None:
     S.mul_(total.unsqueeze(-1)).baddbmm_(k_after.mT, delta)
 
 
+def over_first_chunk(A, X, rows, k_after, total, o, v, scale, S) -> None:
+    """Do the same where zeros enter, without reading S, rows and total."""
+    delta = torch.bmm(X, v.to(X.dtype))
+    torch.mul(torch.bmm(A, delta), scale, out=o)
+    torch.bmm(k_after.mT.contiguous(), delta, out=S)
+
+
+NORMED = 0, 1
+"""Which of q, k, v, g and beta are normed."""
+KEPT = (2,)
+"""Which of them are only read once, and keep their dtype in a block."""
+
+
 @functools.lru_cache(maxsize=256)
-def _compiled(slots: int, lanes: int, C: int, K: int, V: int, dtype: torch.dtype, threads: int) -> tuple[Callable, ...]:
-    """Return `within_chunks` and `over_chunk` for blocks of this shape, compiled for so many threads."""
-    R = slots * lanes
-    inputs = [torch.zeros(R, C, channels, dtype=dtype) for channels in (K, K, K, 1)]
-    within = compiled(within_chunks, inputs, products=False)
-    shapes = [(lanes, C, C)] * 2 + [(lanes, 2 * C, K), (lanes, C, K), (lanes, K), (lanes, C, V), ()]
-    inputs = [torch.zeros(shape, dtype=dtype) for shape in (*shapes, (lanes, C, V), (lanes, K, V))]
-    return within, compiled(over_chunk, inputs, products=dtype == torch.float32)
+def _compiled(
+    slots: int, lanes: int, C: int, group: int, K: int, V: int, dtype: torch.dtype, values: torch.dtype, threads: int
+) -> tuple[Callable, ...]:
+    """Return `within_chunks`, `over_chunk` and `over_first_chunk` of blocks of this shape, compiled for the threads.
+
+    values: the dtype of v and o.
+    """
+    R, products = slots * lanes, dtype == torch.float32
+    tokens = [torch.zeros(R, C, channels, dtype=dtype) for channels in (K, K, K, 1)]
+    shapes = [(lanes, C, C)] * 2 + [(lanes, 2 * C, K), (lanes, C, K), (lanes, K)]
+    inputs = [torch.zeros(shape, dtype=dtype) for shape in (*shapes, (), (lanes, K, V))]
+    inputs[5:5] = [torch.zeros(lanes, C, V, dtype=values) for _ in range(2)]
+    return (
+        compiled(partial(within_chunks, group=group), tokens),
+        compiled(over_chunk, inputs, products),
+        compiled(over_first_chunk, inputs, products),
+    )
 
 
 class _Walk:
@@ -72,44 +97,58 @@ class _Walk:
         self.o, self.states, self.config = o, states, config
         self.dtype, self.scale = states.final.dtype, torch.tensor(scale, dtype=states.final.dtype)
         self.slots, self.lanes, self.S = config.block_tokens // config.chunk_size, config.heads, None
-        self.within, self.over, self.fixed = within_chunks, over_chunk, config.compile and can_compile()
-        if self.fixed and len(o):
+        self.within = partial(within_chunks, group=config.group)
+        self.over, self.over_first = over_chunk, over_first_chunk
+        self.fixed, self.fetched = config.compile and can_compile() and len(o) > 0, []
+        if self.fixed:
             K, V = (padded(x) for x in states.final.shape[-2:])
-            shape = self.slots, self.lanes, config.chunk_size, K, V
-            self.within, self.over = _compiled(*shape, self.dtype, torch.get_num_threads())
+            shape = self.slots, self.lanes, config.chunk_size
+            functions = _compiled(*shape, config.group, K, V, self.dtype, o.dtype, torch.get_num_threads())
+            self.within, self.over, self.over_first = functions
+            self.fetched = [i for i in range(len(tokens)) if activations[i] is None]
+            rows = [tokens[i] for i in self.fetched]
+            self.fetch = Fetch(rows, o.shape[1], shape, self.dtype, KEPT, NORMED, normed)
 
     def block(self, spans: Sequence[Span]) -> None:
         """Write o of the chunks of a block, and the states behind them."""
-        slots, lanes = spans[-1].slot + spans[-1].slots, max(span.lanes for span in spans)
         if self.fixed:
-            slots, lanes = self.slots, self.lanes
-        HV, shape = self.o.shape[1], (slots, lanes, self.config.chunk_size)
-        q, k, v, g, beta = (
-            gather(x, spans, shape, HV, self.dtype, activate)
-            for x, activate in zip(self.tokens, self.activations, strict=True)
-        )
-        if self.normed:
-            K = self.states.final.shape[2]
-            l2norm_(q[..., :K])
-            l2norm_(k[..., :K])
+            shape = self.slots, self.lanes, self.config.chunk_size
+        else:
+            shape = spans[-1].slot + spans[-1].slots, max(span.lanes for span in spans), self.config.chunk_size
+        q, k, v, g, beta = self.brought(spans, shape)
         o = torch.empty_like(v)
-        within = self.within(*(x.view(-1, *x.shape[2:]) for x in (q, k, g, beta)))
-        within = (x.view(*shape[:2], *x.shape[1:]) for x in within)
-        chunks = list(zip(*(x.unbind() for x in (*within, v, o)), strict=True))
+        found = (*self.within(q, k, g, beta), o, v)
+        chunks = list(zip(*(x.unflatten(0, shape[:2]).unbind() for x in found), strict=True))
         for span in spans:
             self.walk(span, chunks[span.slot : span.slot + span.slots])
-        scatter(self.o, o, spans)
+        scatter(self.o, o.unflatten(0, shape[:2]), spans)
+
+    def brought(self, spans: Sequence[Span], shape: tuple[int, int, int]) -> list[torch.Tensor]:
+        """Return the tokens of a block [slots * lanes, C, channels'], activated and normed."""
+        found = dict(zip(self.fetched, self.fetch(spans), strict=True)) if self.fetched else {}
+        for i, x in enumerate(self.tokens):
+            if i not in found:
+                dtype = x.dtype if i in KEPT else self.dtype
+                x = gather(x, spans, shape, self.o.shape[1], dtype, self.activations[i])
+                if self.normed and i in NORMED:
+                    l2norm_(x[..., : self.states.final.shape[2]])
+                found[i] = x.flatten(0, 1)
+        return [found[i] for i in range(len(self.tokens))]
 
     def walk(self, span: Span, chunks: Sequence[tuple[torch.Tensor, ...]]) -> None:
         """Walk over the chunks of a span."""
-        if span.first == 0:
+        empty = span.first == 0 and self.states.empty
+        if span.first == 0 and not empty:
             self.states.fill_some(span.runs, span.heads)
         if span.opens:
             self.S = self.states.borrow(span.runs, span.heads, self.lanes if self.fixed else span.lanes)
+        lanes = self.S.shape[0]
+        if chunks[0][0].shape[0] > lanes:
+            chunks = [[x[:lanes] for x in chunk] for chunk in chunks]
         for i, chunk in enumerate(chunks):
             self.states.keep(self.S, span.runs, span.first + i * self.config.chunk_size, span.heads)
-            *within, v, o = (x[: len(self.S)] for x in chunk) if len(self.S) < len(chunk[0]) else chunk
-            self.over(*within, v, self.scale, o, self.S)
+            over = self.over_first if empty and i == 0 else self.over
+            over(*chunk, self.scale, self.S)
         if span.closes:
             self.states.give_back(self.S, span.runs, span.heads)
 
@@ -124,9 +163,12 @@ def _blockwise(
     states = States(initial_state, q, v, cu_seqlens, runs, state_interval, filled=False)
     states.fill_some(runs.part(slice(runs.running(0), None)), slice(0, HV))  # those without a token
     o = room(v.shape, v.dtype, v.device)
-    walk = _Walk([flat(x) for x in tokens], activations, normed, flat(o), states, scale, config)
-    for spans in blocks(runs, HV, config.heads, config.chunk_size, walk.slots):
-        walk.block(spans)
+    if v.device.type == "cpu":
+        keep_freed_memory()
+    with at_most(config.threads):
+        walk = _Walk([flat(x) for x in tokens], activations, normed, flat(o), states, scale, config)
+        for spans in blocks(runs, HV, config.heads, config.chunk_size, walk.slots):
+            walk.block(spans)
     return o, states.final if output_final_state else states.final.new_empty(0), states.kept
 
 

@@ -18,76 +18,21 @@ import torch
 import triton
 import triton.language as tl
 
-from impls.activations_triton import exp2, gate_parameters, inverse_norm, log2_decay, write_strength
 from impls.call import call_raw
+from impls.checks import DTYPE_NAMES, wants_gradient
 from impls.choice import chunk_triton_config, chunk_triton_launch, tuned_chunk_triton
+from impls.chunk_triton_backward import CHUNK as SAVED_CHUNK
+from impls.chunk_triton_backward import SAVED, adjoint, buffer_dtype, buffer_shapes, saving_plan, saving_tiling
 from impls.configs import ChunkTritonConfig
 from impls.defaults import CHUNK
 from impls.launcher import forward_of
 from impls.layout_triton import bounds, first_slot, inside, owner, spans_before, state_offsets, tile
 from impls.plan import Launch, Plan, Problem, inverse_precision, narrow, options, tile_of
-from impls.registration import register_raw
+from impls.registration import register_raw, register_raw_backward, register_raw_trained
+from impls.rows_triton import activated, load_rows, store_rows, store_square, worked
 from impls.targets import Target
 from impls.targets import of as target_of
-from impls.tree_triton import decayed, inverse, tree
-
-
-@triton.jit
-def activated(
-    q, k, g, A_log, dt_bias, lower_bound, first, length, i_h,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    L2NORM: tl.constexpr, GATE: tl.constexpr, APPROXIMATE: tl.constexpr, CONTIGUITY: tl.constexpr,
-):
-    """Return q, k and alpha [C, BK] in float32 of `length` rows from row `first` on; behind them 0, 0 and 1."""
-    o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
-    mask = inside(o_c, length, o_k, K, K == BK)
-    of_q = (first * H + i_h // (HV // H)) * K + tile(o_c, o_k, H * K, CONTIGUITY)
-    of_g = (first * HV + i_h) * K + tile(o_c, o_k, HV * K, CONTIGUITY)
-    b_q = tl.load(q + of_q, mask=mask, other=0.0).to(tl.float32)
-    b_k = tl.load(k + of_q, mask=mask, other=0.0).to(tl.float32)
-    b_g = tl.load(g + of_g, mask=mask, other=0.0).to(tl.float32)
-    if L2NORM:
-        b_q *= inverse_norm(b_q, APPROXIMATE)
-        b_k *= inverse_norm(b_k, APPROXIMATE)
-    rate, bias = gate_parameters(A_log, dt_bias, i_h, o_k, K, GATE)
-    b_g = log2_decay(b_g, rate, bias[None, :], lower_bound, GATE, APPROXIMATE)
-    if GATE != "none":
-        b_g = tl.where(mask, b_g, 0.0)
-    return b_q, b_k, exp2(b_g, APPROXIMATE, False)
-
-
-@triton.jit
-def worked(
-    q, k, g, beta, A_log, dt_bias, lower_bound, first, length, i_h,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, OPERAND: tl.constexpr,
-    APPROXIMATE: tl.constexpr, CONTIGUITY: tl.constexpr,
-):
-    """Return A, L [C, C], beta [C], q before, k before, k after [C, BK], total [1, BK] of rows `first` onwards."""
-    o_c = tl.arange(0, C)
-    b_q, b_k, alpha = activated(
-        q, k, g, A_log, dt_bias, lower_bound, first, length, i_h,
-        H, HV, K, BK, C, L2NORM, GATE, APPROXIMATE, CONTIGUITY,
-    )
-    b_beta = tl.load(beta + (first + o_c) * HV + i_h, mask=o_c < length, other=0.0).to(tl.float32)
-    b_beta = tl.where(o_c < length, write_strength(b_beta, SIGMOID), 0.0)
-    b_A, L, qb, kb, ka, total = tree(b_q, b_k, alpha, C, BK, LEVELS, OPERAND)
-    return b_A, L * b_beta[:, None], b_beta, qb, kb, ka, total
-
-
-@triton.jit
-def store_rows(x, b_x, i_r, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CONTIGUITY: tl.constexpr):
-    """Store b_x [C, BK] at x [.., C, K], tile i_r."""
-    o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
-    offsets = i_r * (C * K) + tile(o_c, o_k, K, CONTIGUITY)
-    tl.store(x + offsets, b_x.to(x.dtype.element_ty), mask=inside(o_c, C, o_k, K, K == BK))
-
-
-@triton.jit
-def store_square(x, b_x, i_c, row, column, C: tl.constexpr, M: tl.constexpr):
-    """Store the block b_x [M, M] at (row, column) of x [.., C, C], chunk i_c."""
-    o_m = tl.arange(0, M)
-    tl.store(x + i_c * (C * C) + (row + o_m)[:, None] * C + column + o_m[None, :], b_x.to(x.dtype.element_ty))
+from impls.tree_triton import decayed, inverse
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -147,14 +92,6 @@ def intra(
         store_square(X, X10 * beta0[None, :], i_c, M, 0, C, M)
         store_square(X, X1 * beta1[None, :], i_c, M, M, C, M)
         store_square(X, zero, i_c, 0, M, C, M)
-
-
-@triton.jit
-def load_rows(x, i_c, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CONTIGUITY: tl.constexpr):
-    """Load tile i_c of x [.., C, K] as [C, BK]."""
-    o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
-    offsets = i_c * (C * K) + tile(o_c, o_k, K, CONTIGUITY)
-    return tl.load(x + offsets, mask=inside(o_c, C, o_k, K, K == BK), other=0.0)
 
 
 @triton.jit(do_not_specialize=["T", "N", "segment", "interval", "kept_rows"])
@@ -437,13 +374,22 @@ def _combine(problem: Problem, config: ChunkTritonConfig, target: Target) -> Lau
     )
 
 
-def chunk_triton(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
+def chunk_triton(q, k, v, g, beta, *, config=None, chunk_size=None, disable_recompute=False, **keywords):
     """Return (o [B, T, HV, V], final state [N, HV, K, V] or None); arguments as `impls.chunk_kda`.
 
-    config: a ChunkTritonConfig. Raises as `choice.chunk_triton_launch` and `call.call_raw` do. Not differentiable.
+    config: a ChunkTritonConfig. Raises as `choice.chunk_triton_launch` and `call.call_raw` do. Differentiable once, by
+    `impls.chunk_triton_backward`, whose gradients are the same bits for every configuration that does not save; with
+    disable_recompute they are those bits, too.
     """
-    launch = chunk_triton_launch(config, chunk_size)
-    return call_raw(op, q, k, v, g, beta, launch=launch, chunk_size=launch[0] or CHUNK, **keywords)
+    launch, saves = chunk_triton_launch(config, chunk_size, disable_recompute)
+    others = (keywords.get(name) for name in ("initial_state", "A_log", "dt_bias"))
+    trained = _saving if saves else op_trained
+    to = trained if wants_gradient((q, k, v, g, beta, *others)) else op
+    return call_raw(to, q, k, v, g, beta, launch=launch, chunk_size=launch[0] or CHUNK, **keywords)
+
+
+def _saving(*arguments):
+    return op_saving(*arguments)[:3]
 
 
 def _plan_of(problem: Problem, device: torch.device, interval: int, launch: tuple[int, ...]) -> Plan:
@@ -453,4 +399,23 @@ def _plan_of(problem: Problem, device: torch.device, interval: int, launch: tupl
     return plan(problem, config, target)
 
 
+def _saving_plan_of(problem: Problem, device: torch.device, interval: int, launch: tuple[int, ...]) -> Plan:
+    target = target_of(device)
+    if len(launch) == 1:  # what is tuned is tuned for other kernels
+        return saving_plan(problem, saving_tiling(problem, target), target)
+    return saving_plan(problem, chunk_triton_config(launch, problem.K, problem.V, problem.dtype, target), target)
+
+
+def _saved(q, v, cu_seqlens) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of what a forward that saves leaves; the sizes may be symbolic."""
+    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
+    packed = cu_seqlens is not None
+    slots = T // SAVED_CHUNK + cu_seqlens.shape[0] - 1 if packed else B * ((T + SAVED_CHUNK - 1) // SAVED_CHUNK)
+    shapes, dtype = buffer_shapes(slots, HV, K, V), DTYPE_NAMES[q.dtype]
+    return [(shapes[name], getattr(torch, buffer_dtype(name, dtype))) for name in SAVED]
+
+
 op = register_raw("chunk_triton", forward_of(_plan_of))
+back = register_raw_backward("chunk_triton_backward", adjoint)
+op_trained = register_raw_trained("chunk_triton_trained", forward_of(_plan_of), back)
+op_saving = register_raw_trained("chunk_triton_saving", forward_of(_saving_plan_of, SAVED), back, _saved)

@@ -25,7 +25,13 @@ from impls.targets import TARGETS, Target
 SCHEMA = 1
 RECOMPUTE = "recompute"
 """The walk that computes the decayed rows again, as `defaults.recomputing` configures it."""
-KERNELS = ("intra", "walk", "summary", "combine", "recurrent", RECOMPUTE)
+BACKWARD = ("within", "replay", "walk_back", "token_gradients", "parameters")
+"""The backward of chunk_triton, all gradients wanted; its tiles are its own."""
+SAVING = "replay_saving"
+"""The walk of a forward that saves: `replay` of the backward, with outputs."""
+KERNELS = ("intra", "walk", "summary", "combine", "recurrent", RECOMPUTE, *BACKWARD, SAVING)
+LAUNCHES = {RECOMPUTE: "walk", SAVING: "replay"}
+"""Kernel -> its name in a plan, where that is another."""
 SEGMENTED = ("summary", "combine")
 """Kernels that only a plan with segments has."""
 SEGMENTS = 4
@@ -86,9 +92,15 @@ def reference(K: int, dtype: str) -> Problem:
 
 
 def configured(kernel: str, problem: Problem, target: Target, given: dict):
-    """Return the configuration of a kernel's implementation: as given, else the default of the target."""
+    """Return the configuration of a kernel's implementation: as given, else the default of the target; None back."""
+    if kernel in BACKWARD:
+        return None
     if kernel == "recurrent":
         return given.get("recurrent_triton") or default_recurrent(problem.K, problem.V, problem.dtype, target)
+    if kernel == SAVING:
+        from impls.chunk_triton_backward import saving_tiling
+
+        return saving_tiling(problem, target)
     chunk = given.get("chunk_triton") or default_chunk(problem.K, problem.V, problem.dtype, target)
     chunk = recomputing(chunk) if kernel == RECOMPUTE else chunk
     return replace(chunk, segments=SEGMENTS if kernel in SEGMENTED else 1)
@@ -103,20 +115,27 @@ def report(targets: Sequence[str], kernels: Sequence[str], head_dims: Sequence[i
         for target in map(TARGETS.__getitem__, targets):
             problem = reference(K, dtype)
             for kernel in kernels:
-                launch = "walk" if kernel == RECOMPUTE else kernel
-                jobs.append(Job(problem, configured(kernel, problem, target, given), target, launch))
+                config = configured(kernel, problem, target, given)
+                jobs.append(Job(problem, config, target, LAUNCHES.get(kernel, kernel)))
     return [
         Row(
             target=job.target.name,
-            kernel=RECOMPUTE if job.kernel == "walk" and job.config.recompute else job.kernel,
+            kernel=_kernel(job),
             K=job.problem.K,
-            config=asdict(job.config),
+            config=asdict(job.config) if job.config else {"value_tile": job.launch.constants.get("BV")},
             resources=None if isinstance(result, str) else asdict(result),
             shared_memory_limit=job.target.shared_memory,
             error=result if isinstance(result, str) else None,
         )
         for job, result in zip(jobs, outcomes(jobs), strict=True)
     ]
+
+
+def _kernel(job) -> str:
+    """Return what the report calls a job."""
+    if job.kernel == "walk" and job.config.recompute:
+        return RECOMPUTE
+    return SAVING if job.kernel == "replay" and job.config else job.kernel
 
 
 def stored(rows: list[Row], dtype: str) -> dict:

@@ -14,20 +14,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from impls import chunk_triton, recurrent_triton
+from impls import chunk_triton, chunk_triton_backward, dplr_triton, recurrent_triton
 from impls.assembly import Code, Counts, counts, gcn, sass
-from impls.configs import ChunkTritonConfig, RecurrentTritonConfig
+from impls.configs import ChunkTritonConfig, DplrTritonConfig, RecurrentTritonConfig
 from impls.estimate import Latency, latency
-from impls.plan import Launch, Plan, Problem
+from impls.plan import WANTED, Launch, Plan, Problem, Wanted
 from impls.targets import Target
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
-FLOAT32_BUFFERS = ("last", "left", "entering", "initial", "final", "kept", "A_log", "dt_bias", "state", "norm_weight")
-INDEX_BUFFERS = {"cu_seqlens": "*i64", **dict.fromkeys(("indices", "accepted", "position"), "*i32")}
+FLOAT32_BUFFERS = (
+    "last", "left", "entering", "initial", "final", "kept", "A_log", "dt_bias", "state", "norm_weight", "dS", "dS0",
+    "dA_log", "ddt_bias",
+)  # fmt: skip
+INDEX_BUFFERS = {"cu_seqlens": "*i64", **dict.fromkeys(("indices", "accepted", "position", "ring_indices"), "*i32")}
 SCALARS = {
-    **dict.fromkeys(("T", "N", "segment", "interval", "kept_rows", "slots", "R", "first_program"), "i32"),
+    **dict.fromkeys(("T", "N", "segment", "interval", "kept_rows", "slots", "rings", "R", "first_program"), "i32"),
     **dict.fromkeys(("scale", "lower_bound", "epsilon"), "fp32"),
+}
+PLANNED = {
+    ChunkTritonConfig: chunk_triton,
+    RecurrentTritonConfig: recurrent_triton,
+    DplrTritonConfig: dplr_triton,
 }
 PROCESSES = 2
 """Compiles at the same time."""
@@ -72,14 +80,15 @@ def check_compiling() -> None:
 
 def signature(launch: Launch, problem: Problem) -> dict[str, str]:
     """Return Triton's type of every argument of a launch: float32 for states and parameters, else the inputs' dtype."""
-    known = {**SCALARS, **{name: _pointer(name, problem.dtype) for name in launch.buffers}}
+    known = {**SCALARS, **{name: _pointer(name, launch, problem) for name in launch.buffers}}
     for name in launch.constants:
         known.pop(name, None)
     return {name: known.get(name, "constexpr") for name in launch.kernel.arg_names}
 
 
-def _pointer(name: str, dtype: str) -> str:
-    return INDEX_BUFFERS.get(name) or POINTERS["float32" if name in FLOAT32_BUFFERS else dtype]
+def _pointer(name: str, launch: Launch, problem: Problem) -> str:
+    usual = "float32" if name in FLOAT32_BUFFERS else problem.dtype
+    return INDEX_BUFFERS.get(name) or POINTERS[launch.dtypes.get(name, usual)]
 
 
 def compiled(launch: Launch, problem: Problem, target: Target) -> Resources:
@@ -142,7 +151,9 @@ class Job:
     """One launch to compile, told by what it is planned from: kernels do not travel between processes."""
 
     problem: Problem
-    config: ChunkTritonConfig | RecurrentTritonConfig
+    config: ChunkTritonConfig | RecurrentTritonConfig | DplrTritonConfig | None
+    """None for the backward of chunk_triton, with all gradients wanted. With one, `replay` is that of a forward that
+    saves."""
     target: Target
     kernel: str
     """The name of the launch; the first one of that name is compiled."""
@@ -150,13 +161,21 @@ class Job:
     @property
     def plan(self) -> Plan:
         """Return the plan of the configuration's implementation."""
-        module = recurrent_triton if isinstance(self.config, RecurrentTritonConfig) else chunk_triton
-        return module.plan(self.problem, self.config, self.target)
+        if self.config is None:
+            wanted = Wanted(**dict.fromkeys(WANTED, True), do=True, dS=True)
+            return chunk_triton_backward.plan(self.problem, wanted, self.target)
+        if self.kernel == "replay":
+            return chunk_triton_backward.saving_plan(self.problem, self.config, self.target)
+        return PLANNED[type(self.config)].plan(self.problem, self.config, self.target)
+
+    @property
+    def launch(self) -> Launch:
+        """Return the launch."""
+        return next(launch for launch in self.plan.launches if launch.name == self.kernel)
 
     def resources(self) -> Resources:
         """Compile the launch."""
-        launch = next(launch for launch in self.plan.launches if launch.name == self.kernel)
-        return compiled(launch, self.problem, self.target)
+        return compiled(self.launch, self.problem, self.target)
 
 
 def outcome(job: Job) -> Resources | str:

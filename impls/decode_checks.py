@@ -31,6 +31,16 @@ def _contiguous(name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {list(x.stride())}")
 
 
+def _apart(name: str, x: torch.Tensor, dense: int) -> None:
+    """Refuse what is not dense in its last dimensions, or whose others lie in one another; gaps are their owner's."""
+    reach = 1
+    for i, (size, stride) in reversed(list(enumerate(zip(x.shape, x.stride(), strict=True)))):
+        if size > 1 and x.numel() and (stride != reach if i >= x.ndim - dense else stride < reach):
+            last = "last dimension" if dense == 1 else f"last {dense} dimensions"
+            raise ValueError(f"{name} must be dense in its {last} and apart in others, got strides {list(x.stride())}")
+        reach += (size - 1) * stride
+
+
 def check_inference(tensors) -> None:
     """Refuse inputs that autograd would differentiate by: a step writes its states in place."""
     if wants_gradient(tensors):
@@ -53,7 +63,7 @@ def check_step(q, v, state, final_state, v_first: bool) -> None:
         check_shape(name, pool, letters, (*slots, HV, *shape))
         check_dtype(name, pool, POOLS)
         check_device(name, pool, q.device)
-        _contiguous(name, pool)
+        _apart(name, pool, 3)
     if final_state is not None and (final_state.shape, final_state.dtype) != (state.shape, state.dtype):
         raise ValueError(
             f"final_state must be like state, {list(state.shape)} in {state.dtype}, got {list(final_state.shape)} in "
@@ -76,8 +86,8 @@ def check_slots(q, state, indices, accepted) -> None:
         check_shape("num_accepted_tokens", accepted, "N", (N,))
         if indices is None or indices.ndim != 2:
             raise ValueError("num_accepted_tokens needs ssm_state_indices [N, T], a slot for each token")
-    if q.device.type == "cpu":
-        _check_values(S, T, indices, accepted, None)
+    if _readable(q):
+        _check_values(S, T, indices, accepted)
 
 
 def _index(name: str, x, q) -> None:
@@ -87,53 +97,83 @@ def _index(name: str, x, q) -> None:
     _contiguous(name, x)
 
 
-def _check_values(S: int, T: int, indices, accepted, position) -> None:
-    if indices is not None and indices.numel():
-        if not -1 <= int(indices.min()) <= int(indices.max()) < S:
-            raise ValueError(
-                f"ssm_state_indices must be from -1 to {S - 1}, got {int(indices.min())} to {int(indices.max())}"
-            )
-        used = indices[indices >= 0]
-        if used.unique().numel() != used.numel():
-            raise ValueError("ssm_state_indices must name no slot twice")
+def _readable(q) -> bool:
+    """Tell whether values can be looked at without waiting for a device."""
+    return q.device.type == "cpu"
+
+
+def _check_named(name: str, indices, slots: int) -> None:
+    """Refuse slots that are not there and such as are named twice."""
+    if indices is None or not indices.numel():
+        return
+    low, high = int(indices.min()), int(indices.max())
+    if not -1 <= low <= high < slots:
+        raise ValueError(f"{name} must be from -1 to {slots - 1}, got {low} to {high}")
+    used = indices[indices >= 0]
+    if used.unique().numel() != used.numel():
+        raise ValueError(f"{name} must name no slot twice")
+
+
+def _check_values(S: int, T: int, indices, accepted) -> None:
+    _check_named("ssm_state_indices", indices, S)
     if accepted is not None and accepted.numel() and not 1 <= int(accepted.min()) <= int(accepted.max()) <= T:
         raise ValueError(
             f"num_accepted_tokens must be from 1 to {T}, got {int(accepted.min())} to {int(accepted.max())}"
         )
-    if position is not None:
-        used = position if indices is None else position[indices.reshape(len(indices), -1)[:, 0] >= 0]
-        if used.numel() and int(used.min()) < 0:
-            raise ValueError(f"convolution.position must be from 0 on, got {int(used.min())}")
 
 
-def check_convolution(q, v, state, indices, convolution) -> None:
+def slots_of_starts(indices: torch.Tensor, accepted: torch.Tensor | None) -> torch.Tensor:
+    """Return the slot [N] that each sequence goes on from; indices [N] or [N, T], accepted [N] counts of tokens."""
+    if indices.ndim == 1:
+        return indices
+    at = torch.zeros_like(indices[:, 0]) if accepted is None else accepted - 1
+    return indices.gather(1, at.long().clamp(0, indices.shape[1] - 1)[:, None])[:, 0]
+
+
+def _check_positions(rings: int, indices, accepted, convolution) -> None:
+    own, position = convolution.conv_state_indices, convolution.position
+    _check_named("convolution.conv_state_indices", own, rings)
+    if position is None:
+        return
+    starts = None if indices is None else slots_of_starts(indices, accepted)
+    first = None if indices is None or own is not None else indices.reshape(len(indices), -1)[:, 0]
+    named = [x >= 0 for x in (starts, first, own) if x is not None]
+    used = position[torch.stack(named).all(0)] if named else position
+    if used.numel() and int(used.min()) < 0:
+        raise ValueError(f"convolution.position must be from 0 on, got {int(used.min())}")
+
+
+def check_convolution(q, v, state, indices, accepted, convolution) -> None:
     """Check weights [D, W], rings [S, R, D] and positions [N] of the short convolutions; on a CPU values as well."""
     if convolution is None:
         return
     for name, x in vars(convolution).items():
-        check_tensor(f"convolution.{name}", x)
+        if x is not None or name not in ("position", "conv_state_indices"):
+            check_tensor(f"convolution.{name}", x)
     N, T = q.shape[:2]
     W, R = (x.shape[1] if x.ndim > 1 else 0 for x in (convolution.q_weight, convolution.q_ring))
     if W not in WIDTHS:
         raise ValueError(f"convolution.q_weight must be [H * K, W] with W from 2 to 4, got W = {W}")
     if R < W - 1 + T:
         raise ValueError(f"convolution.q_ring must have at least W - 1 + T = {W - 1 + T} rows, got {R}")
+    own, rings = convolution.conv_state_indices, convolution.q_ring.shape[0]
     for name in ("q", "k", "v"):
         D = v.shape[2] * v.shape[3] if name == "v" else q.shape[2] * q.shape[3]
         weight, ring = (getattr(convolution, f"{name}_{part}") for part in ("weight", "ring"))
         check_shape(f"convolution.{name}_weight", weight, "D, W", (D, W))
-        check_shape(f"convolution.{name}_ring", ring, "S, R, D", (state.shape[0], R, D))
+        check_shape(f"convolution.{name}_ring", ring, "S, R, D", (state.shape[0] if own is None else rings, R, D))
         check_dtype(f"convolution.{name}_weight", weight, DTYPES)
         check_dtype(f"convolution.{name}_ring", ring, (q.dtype, torch.float32))
         for part, x in ((f"{name}_weight", weight), (f"{name}_ring", ring)):
             check_device(f"convolution.{part}", x, q.device)
-            _contiguous(f"convolution.{part}", x)
-    if len({getattr(convolution, f"{name}_ring").data_ptr() for name in "qkv"}) < 3 and convolution.q_ring.numel():
-        raise ValueError("convolution.q_ring, k_ring and v_ring must share no memory, got one for two of them")
-    _index("convolution.position", convolution.position, q)
-    check_shape("convolution.position", convolution.position, "N", (N,))
-    if q.device.type == "cpu":
-        _check_values(state.shape[0], T, indices, None, convolution.position)
+        _contiguous(f"convolution.{name}_weight", weight)
+        _apart(f"convolution.{name}_ring", ring, 1)
+    for name in ("position", "conv_state_indices"):
+        if (x := getattr(convolution, name)) is not None:
+            _index(f"convolution.{name}", x, q)
+            check_shape(f"convolution.{name}", x, "N", (N,))
+    if _readable(q):
+        _check_positions(rings, indices, accepted, convolution)
 
 
 def check_norm(q, v, norm) -> None:
@@ -161,21 +201,3 @@ def check_out(v, out) -> None:
     check_dtype("out", out, (v.dtype,))
     check_device("out", out, v.device)
     _contiguous("out", out)
-
-
-def check_memory(written: dict[str, torch.Tensor | None], read: dict[str, torch.Tensor | None]) -> None:
-    """Refuse what is written and shares memory with anything else: programs would read what others have written."""
-    theirs = {name: x for name, x in written.items() if x is not None}
-    while theirs:
-        name, x = theirs.popitem()
-        first, last = _extent(x)
-        for other, y in (read | theirs).items():
-            if y is None or last <= y.data_ptr() or _extent(y)[1] <= first:
-                continue
-            raise ValueError(f"{name} must share no memory with {other}, since a step writes it")
-
-
-def _extent(x: torch.Tensor) -> tuple[int, int]:
-    """Return the addresses of the first byte of x, and behind its last one."""
-    elements = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    return x.data_ptr(), x.data_ptr() + (elements * x.element_size() if x.numel() else 0)

@@ -17,6 +17,7 @@ from impls.checks import bounds_of
 from impls.contracts import at_least_float32
 from impls.decode import decode_kda
 from impls.decode_checks import LONGEST
+from impls.pages import room
 from impls.table import Impl
 
 
@@ -28,7 +29,7 @@ def in_steps(
     B, T, HV, V = v.shape
     keywords |= {"implementation": implementation, "config": config, "state_v_first": state_v_first}
     if cu_seqlens is None and 0 < T <= LONGEST and initial_state is not None:
-        final = torch.empty(initial_state.shape, device=q.device)
+        final = room(tuple(initial_state.shape), torch.float32, q.device)
         o = decode_kda(q, k, v, g, beta, initial_state.float().contiguous(), final_state=final, **keywords)
         return o, final if output_final_state else None
     bounds = bounds_of(cu_seqlens, T) or [T * b for b in range(B + 1)]

@@ -25,20 +25,27 @@ from impls.plan import Launch, Problem, options, tile_of
 
 TOKENS = ("q", "k", "v", "g", "beta", "norm_gate")
 """What is read where it lies, token by token."""
+POOLS = ("state", "final", "q_ring", "k_ring", "v_ring")
+"""What lies as it likes, slot by slot."""
+STRIDES = (
+    "Q_ROW", "K_ROW", "V_ROW", "G_ROW", "BETA_ROW", "Z_ROW", "STATE_SLOT", "FINAL_SLOT", "Q_SLOT", "Q_LINE", "K_SLOT",
+    "K_LINE", "V_SLOT", "V_LINE",
+)  # fmt: skip
+"""Elements from a token to the next, from a slot of a pool to the next, and from a row of a ring to the next."""
 GRID = 2**31 - 1
 """Programs of one launch."""
 
 
 @triton.jit
-def convolved(x, weight, ring, i_t, start, o_d, m_d, ROW, D, R, W: tl.constexpr, T: tl.constexpr):
-    """Return silu of the convolution at token i_t, channels o_d; x and ring, rows of ROW and D, are the sequence's."""
+def convolved(x, weight, ring, i_t, start, o_d, m_d, ROW, LINE, R, W: tl.constexpr, T: tl.constexpr):
+    """Return silu of the convolution at token i_t, channels o_d of rows ROW apart; rows of its ring are LINE apart."""
     total = tl.load(x + i_t * ROW + o_d, mask=m_d, other=0.0).to(tl.float32)
     total *= tl.load(weight + o_d * W + (W - 1), mask=m_d, other=0.0).to(tl.float32)
     for w in tl.static_range(W - 1):
         back = i_t - (W - 1) + w
         p = start + back
         m_old = m_d & (back < 0) & (p >= 0)
-        b_x = tl.load(ring + tl.where(p >= 0, p % R, 0) * D + o_d, mask=m_old, other=0.0).to(tl.float32)
+        b_x = tl.load(ring + tl.where(p >= 0, p % R, 0) * LINE + o_d, mask=m_old, other=0.0).to(tl.float32)
         if T > 1:
             b_x += tl.load(x + back * ROW + o_d, mask=m_d & (back >= 0), other=0.0).to(tl.float32)
         total += b_x * tl.load(weight + o_d * W + w, mask=m_d, other=0.0).to(tl.float32)
@@ -46,22 +53,24 @@ def convolved(x, weight, ring, i_t, start, o_d, m_d, ROW, D, R, W: tl.constexpr,
 
 
 @triton.jit
-def remembered(x, ring, start, o_d, mask, ROW, D, R, T: tl.constexpr):
+def remembered(x, ring, start, o_d, mask, ROW, LINE, R, T: tl.constexpr):
     """Write T rows of raw inputs into the ring of a sequence."""
     for i_t in range(T):
         row = tl.load(x + i_t * ROW + o_d, mask=mask, other=0.0)
-        tl.store(ring + (start + i_t) % R * D + o_d, row.to(ring.dtype.element_ty), mask=mask)
+        tl.store(ring + (start + i_t) % R * LINE + o_d, row.to(ring.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["slots", "R", "first_program"])
+@triton.jit(do_not_specialize=["slots", "rings", "R", "first_program"])
 def decode(
     q, k, v, g, beta, A_log, dt_bias, state, final, indices, accepted, o,
-    q_weight, k_weight, v_weight, q_ring, k_ring, v_ring, position, norm_weight, norm_gate,
-    slots, R, first_program, scale, lower_bound, epsilon,
+    q_weight, k_weight, v_weight, q_ring, k_ring, v_ring, position, ring_indices, norm_weight, norm_gate,
+    slots, rings, R, first_program, scale, lower_bound, epsilon,
     T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, W: tl.constexpr, PER_TOKEN: tl.constexpr, L2NORM: tl.constexpr, GATE: tl.constexpr,
     SIGMOID: tl.constexpr, V_FIRST: tl.constexpr, NORM: tl.constexpr, Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
     V_ROW: tl.constexpr, G_ROW: tl.constexpr, BETA_ROW: tl.constexpr, Z_ROW: tl.constexpr,
+    STATE_SLOT: tl.constexpr, FINAL_SLOT: tl.constexpr, Q_SLOT: tl.constexpr, Q_LINE: tl.constexpr,
+    K_SLOT: tl.constexpr, K_LINE: tl.constexpr, V_SLOT: tl.constexpr, V_LINE: tl.constexpr,
 ):
     """Take T tokens of one sequence with BV columns of one head's state, transposed: S [BV, BK]."""
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -79,25 +88,30 @@ def decode(
     used = (slot >= 0) & (slot < slots)
     slot = tl.where(used, slot, 0)
     if W > 0:
-        start = tl.maximum(tl.load(position + i_n).to(tl.int64), 0)
+        start += W - 1
+        if position is not None:
+            start = tl.maximum(tl.load(position + i_n).to(tl.int64), 0)
         # one ring serves a sequence whichever of its slots it goes on from: that of its first token
         of_ring = slot
-        if PER_TOKEN:
+        if ring_indices is not None:
+            of_ring = tl.load(ring_indices + i_n).to(tl.int64)
+        elif PER_TOKEN:
             of_ring = tl.load(indices + i_n * T).to(tl.int64)
-        used = used & (of_ring >= 0) & (of_ring < slots)
-        of_ring = tl.where(used, of_ring, 0) * R
-        q_ring, k_ring, v_ring = q_ring + of_ring * (H * K), k_ring + of_ring * (H * K), v_ring + of_ring * (HV * V)
+        used = used & (of_ring >= 0) & (of_ring < rings)
+        of_ring = tl.where(used, of_ring, 0)
+        q_ring, k_ring, v_ring = q_ring + of_ring * Q_SLOT, k_ring + of_ring * K_SLOT, v_ring + of_ring * V_SLOT
     m_k, m_v_used, m_s = m_k & used, m_v & used, m_s & used
     q, k, v = q + i_n * T * Q_ROW, k + i_n * T * K_ROW, v + i_n * T * V_ROW
     g, beta, o = g + i_n * T * G_ROW + i_h * K, beta + i_n * T * BETA_ROW + i_h, o + (i_n * T * HV + i_h) * V
     d_k, d_v = i_k * K + o_k, i_h * V + o_v
     rate, bias = gate_parameters(A_log, dt_bias, i_h, o_k, K, GATE)
-    S = tl.load(state + state_offsets(slot * HV + i_h, o_v, o_k, K, V, V_FIRST), mask=m_s, other=0.0).to(tl.float32)
+    of_state = state_offsets(i_h, o_v, o_k, K, V, V_FIRST)
+    S = tl.load(state + slot * STATE_SLOT + of_state, mask=m_s, other=0.0).to(tl.float32)
     for i_t in range(T):
         if W > 0:
-            b_q = convolved(q, q_weight, q_ring, i_t, start, d_k, m_k, Q_ROW, H * K, R, W, T)
-            b_k = convolved(k, k_weight, k_ring, i_t, start, d_k, m_k, K_ROW, H * K, R, W, T)
-            b_v = convolved(v, v_weight, v_ring, i_t, start, d_v, m_v_used, V_ROW, HV * V, R, W, T)
+            b_q = convolved(q, q_weight, q_ring, i_t, start, d_k, m_k, Q_ROW, Q_LINE, R, W, T)
+            b_k = convolved(k, k_weight, k_ring, i_t, start, d_k, m_k, K_ROW, K_LINE, R, W, T)
+            b_v = convolved(v, v_weight, v_ring, i_t, start, d_v, m_v_used, V_ROW, V_LINE, R, W, T)
         else:
             b_q = tl.load(q + i_t * Q_ROW + d_k, mask=m_k, other=0.0).to(tl.float32)
             b_k = tl.load(k + i_t * K_ROW + d_k, mask=m_k, other=0.0).to(tl.float32)
@@ -122,26 +136,25 @@ def decode(
         if PER_TOKEN:
             to = tl.load(indices + i_n * T + i_t).to(tl.int64)
             kept = (to >= 0) & (to < slots)
-            of_state = state_offsets(tl.where(kept, to, 0) * HV + i_h, o_v, o_k, K, V, V_FIRST)
-            tl.store(final + of_state, S.to(final.dtype.element_ty), mask=m_s & kept)
+            to = tl.where(kept, to, 0) * FINAL_SLOT
+            tl.store(final + to + of_state, S.to(final.dtype.element_ty), mask=m_s & kept)
     if not PER_TOKEN:
-        of_state = state_offsets(slot * HV + i_h, o_v, o_k, K, V, V_FIRST)
-        tl.store(final + of_state, S.to(final.dtype.element_ty), mask=m_s)
+        tl.store(final + slot * FINAL_SLOT + of_state, S.to(final.dtype.element_ty), mask=m_s)
     if W > 0:
         m_first = m_k & (i_v == 0) & (i_h % (HV // H) == 0)
-        remembered(q, q_ring, start, d_k, m_first, Q_ROW, H * K, R, T)
-        remembered(k, k_ring, start, d_k, m_first, K_ROW, H * K, R, T)
-        remembered(v, v_ring, start, d_v, m_v_used, V_ROW, HV * V, R, T)
+        remembered(q, q_ring, start, d_k, m_first, Q_ROW, Q_LINE, R, T)
+        remembered(k, k_ring, start, d_k, m_first, K_ROW, K_LINE, R, T)
+        remembered(v, v_ring, start, d_v, m_v_used, V_ROW, V_LINE, R, T)
 
 
 @functools.lru_cache(maxsize=1024)
 def plan(
     problem: Problem, config: RecurrentTritonConfig, W: int, per_token: bool, norm: str, given: tuple[str, ...],
-    rows: tuple[int, ...],
+    strides: tuple[int, ...],
 ) -> Launch:  # fmt: skip
     """Return the launch of a step of `problem.T` tokens, with the buffers that are given.
 
-    rows: elements from a token of q, k, v, g, beta and the norm's gate to the next one.
+    strides: those of STRIDES, in elements.
     """
     tile = config.value_tile
     sizes = {name: getattr(problem, name) for name in ("T", "H", "HV", "K", "V", "BK")}
@@ -152,7 +165,7 @@ def plan(
         programs=problem.N * problem.HV * -(-problem.V // tile),
         buffers=given,
         constants=sizes | modes | {"BV": tile, "W": W, "PER_TOKEN": per_token, "NORM": norm}
-        | dict(zip(("Q_ROW", "K_ROW", "V_ROW", "G_ROW", "BETA_ROW", "Z_ROW"), rows, strict=True)),
+        | dict(zip(STRIDES, strides, strict=True)),
         options=options(config.warps, config.stages, config.registers),
     )
 
@@ -160,10 +173,10 @@ def plan(
 def fitted(problem: Problem, W: int, norm: bool, config: RecurrentTritonConfig | None) -> RecurrentTritonConfig:
     """Return the configuration, its value tile no wider than V and with a norm all of V; else the default on sm_90.
 
-    At K = V = 128, registers: plain, 16 channels on 4 warps, 48; with a convolution of 4, 32 on 4, 96 and 16 bytes
-    spilled; with the norm, 128 on 16, 128. Chosen by estimates, in microseconds, of one sequence and of 256 (32 heads;
-    the bytes alone 0.9 and 224): 1.6 and 249; 4.4 and 279, where 16 channels took 6.7 and 474; 5.9 and 369. Nothing was
-    measured.
+    At K = V = 128 nothing spills; registers: plain, 16 channels on 4 warps, 48; with a convolution of 4, 32 on 4, 80;
+    with the norm, 128 on 16, 125; with both 128. Chosen by estimates, in microseconds, of one sequence and of 256 (32
+    heads; the bytes alone 1.0 and 249): 2.0 and 249; 3.2 and 249, where 64 channels on 8 warps took 4.3 and 540; 2.6
+    and 249; 4.0 and 254, where 8 warps took 4.6 and 292. Nothing was measured.
     """
     if config is not None and not isinstance(config, RecurrentTritonConfig):
         raise TypeError(f"config must be a RecurrentTritonConfig for decode_triton, got {type(config).__name__}")
@@ -203,25 +216,33 @@ def decode_triton(q, k, v, g, beta, step: Step, config: RecurrentTritonConfig | 
              "state": step.state, "final": step.final_state, "indices": step.indices, "accepted": step.accepted,
              "o": step.out}  # fmt: skip
     if convolution:
-        names = ("q_weight", "k_weight", "v_weight", "q_ring", "k_ring", "v_ring", "position")
-        given |= {name: getattr(convolution, name) for name in names}
+        given |= vars(convolution)
+        given["ring_indices"] = given.pop("conv_state_indices")
     if norm:
         given |= {"norm_weight": norm.weight, "norm_gate": norm.gate}
     given = {name: x for name, x in given.items() if x is not None}
-    lie = {name: row_of(given[name]) for name in TOKENS if name in given}
-    buffers = {name: x if lie.get(name) is not None else x.contiguous() for name, x in given.items()}
-    rows = tuple(row_of(buffers[name]) if name in buffers else 0 for name in TOKENS)
+    lie = {name for name in TOKENS if name in given and row_of(given[name]) is not None} | set(POOLS)
+    buffers = {name: x if name in lie else x.contiguous() for name, x in given.items()}
     W = convolution.q_weight.shape[1] if convolution else 0
     config = fitted(problem, W, norm is not None, config)
-    launch = plan(problem, config, W, step.per_token, norm.activation if norm else "none", tuple(buffers), rows)
+    activation, strides = norm.activation if norm else "none", _strides(buffers)
+    launch = plan(problem, config, W, step.per_token, activation, tuple(buffers), strides)
+    rings, R = convolution.q_ring.shape[:2] if convolution else (0, 1)
     scalars = {
-        "slots": step.state.shape[0], "R": convolution.q_ring.shape[1] if convolution else 1, "scale": call.scale,
+        "slots": step.state.shape[0], "rings": rings, "R": R, "scale": call.scale,
         "lower_bound": call.lower_bound or 0.0, "epsilon": norm.epsilon if norm else 0.0,
     }  # fmt: skip
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         for first in range(0, launch.programs, GRID):
             launch.run(buffers, scalars | {"first_program": first}, min(GRID, launch.programs - first))
     return step.out
+
+
+def _strides(buffers: dict[str, torch.Tensor]) -> tuple[int, ...]:
+    """Return the strides of STRIDES, 0 for what is not given."""
+    rows = (row_of(buffers[name]) if name in buffers else 0 for name in TOKENS)
+    rings = (buffers[name].stride()[:2] if name in buffers else (0, 0) for name in POOLS[2:])
+    return (*rows, buffers["state"].stride(0), buffers["final"].stride(0), *(x for ring in rings for x in ring))
 
 
 def problem_of(q, v, step: Step) -> Problem:

@@ -20,7 +20,7 @@ from impls.dplr_ops import dplr
 def as_kda(
     implementation: str, q, k, v, g, beta, *, A_log=None, dt_bias=None, lower_bound=None,
     use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False,
-    chunk_size=None, **keywords,
+    **keywords,
 ):  # fmt: skip
     """Return (o [B, T, HV, V], final state or None); arguments as `impls.chunk_kda`, for whom nothing is kept."""
     if wants_gradient((q, k, v, g, beta, A_log, dt_bias, keywords.get("initial_state"))):
@@ -33,8 +33,7 @@ def as_kda(
     beta = write_strength(beta, allow_neg_eigval, dtype) if use_beta_sigmoid_in_kernel else beta.to(dtype)
     strength = beta[..., None]
     rows = q, k, strength * v, strength * k, k * torch.exp(g), g
-    chunks = {} if chunk_size is None else {"chunk_size": chunk_size}
-    o, S = dplr(*rows, implementation=implementation, **chunks, **keywords)
+    o, S = dplr(*rows, implementation=implementation, **keywords)
     return o.to(v.dtype), S
 
 

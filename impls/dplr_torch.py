@@ -20,11 +20,9 @@ import torch.nn.functional as F
 
 from impls.activations import compute_dtype
 from impls.checks import bounds_of
+from impls.configs import DplrTorchConfig
 from impls.dplr_checks import Dplr
 from impls.sequences import padded
-
-BLOCK_TOKENS = 256
-"""Tokens that are worked on at a time: a bound on the workspace, no influence on the bits."""
 
 
 def within_chunks(q, k, a, b, alpha) -> tuple[torch.Tensor, ...]:
@@ -106,10 +104,9 @@ class _Sequence(torch.autograd.Function):
     """The tokens [N, T, H, ..] of equally long sequences, from states [N, H, K, V], in blocks."""
 
     @staticmethod
-    def forward(ctx, S, C, *tokens):
+    def forward(ctx, S, C, size, *tokens):
         dtype, v = S.dtype, tokens[2]
         (N, T, H, V), kept, o, here = v.shape, [], [], S.flatten(0, 1)
-        size = max(C, BLOCK_TOKENS // C * C)
         for first in range(0, T, size):
             kept.append(here)
             found, here = _block(here, *(_rows(x, first, size, C, dtype) for x in tokens), C)
@@ -136,14 +133,17 @@ class _Sequence(torch.autograd.Function):
             for whole, x in zip(gradients, found[1:], strict=True):
                 N, _, H, _ = whole.shape
                 whole[:, first:stop] = x[:, : stop - first].view(N, H, stop - first, -1).transpose(1, 2).to(whole.dtype)
-        return dS.view(ctx.shape), None, *gradients
+        return dS.view(ctx.shape), None, None, *gradients
 
 
-def dplr_torch(call: Dplr, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def dplr_torch(
+    call: Dplr, chunk_size: int | None = None, config: DplrTorchConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return o [B, T, H, V] in v's dtype and the states [N, H, K, V] behind all tokens: see `impls.dplr`.
 
     Waits for the device where it is to say where packed sequences lie.
     """
+    config = config or DplrTorchConfig(chunk_size or DplrTorchConfig.chunk_size)
     v, dtype = call.tokens[2], compute_dtype(call.tokens[2])
     (B, T, H, V), K = v.shape, call.tokens[0].shape[3]
     packed = call.cu_seqlens is not None
@@ -155,7 +155,7 @@ def dplr_torch(call: Dplr, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]
     tokens, o, states = [F.pad(x, (0, padded(x.shape[3]) - x.shape[3])) for x in call.tokens], [], []
     for i, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
         own = S[i : i + 1] if packed else S
-        found, left = _Sequence.apply(own, chunk_size, *(x[:, first:last] for x in tokens))
+        found, left = _Sequence.apply(own, config.chunk_size, config.block_tokens, *(x[:, first:last] for x in tokens))
         o.append(found)
         states.append(left)
     o = torch.cat(o, 1)[..., :V] if o else v.new_zeros(v.shape, dtype=dtype)

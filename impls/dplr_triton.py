@@ -8,7 +8,6 @@
 """
 
 import functools
-from contextlib import nullcontext
 
 import torch
 import triton
@@ -17,12 +16,13 @@ import triton.language as tl
 from impls.activations_triton import LOG2E, exp2
 from impls.checks import DTYPE_NAMES
 from impls.chunk_triton import OPERANDS, load_rows, store_rows, store_square
-from impls.configs import ChunkTritonConfig
-from impls.defaults import family
+from impls.configs import DplrTritonConfig
+from impls.defaults import default_dplr
 from impls.dplr_checks import Dplr
-from impls.launcher import check_interpreter
+from impls.footprint import unfit
+from impls.launcher import check_interpreter, contiguous, run_plan
 from impls.layout_triton import bounds, first_slot, inside, owner, state_offsets, tile
-from impls.plan import ITEMSIZE, Launch, Plan, Problem, narrow, options, tile_of
+from impls.plan import Launch, Plan, Problem, narrow, options, tile_of
 from impls.targets import Target
 from impls.targets import of as target_of
 from impls.tree_triton import halves, inverse, spread, weave
@@ -205,7 +205,7 @@ SQUARES, ROWS = ("A_qk", "A_qa", "A_bk", "X"), ("q_before", "b_before", "k_after
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(problem: Problem, config: ChunkTritonConfig, target: Target) -> Plan:
+def plan(problem: Problem, config: DplrTritonConfig, target: Target) -> Plan:
     """Return the two launches and the workspace of one call."""
     C, chunks = config.chunk_size, (problem.spans(config.chunk_size), problem.HV)
     BV = min(config.value_tile, tile_of(problem.V))
@@ -239,27 +239,13 @@ def plan(problem: Problem, config: ChunkTritonConfig, target: Target) -> Plan:
     return Plan((first, second), workspace)
 
 
-def default(problem: Problem, target: Target, chunk_size: int) -> ChunkTritonConfig:
-    """Return the configuration of a call, the least by estimate of those that spill nothing at K = V = 128, C = 16.
+def dplr_triton(
+    call: Dplr, chunk_size: int | None = None, config: DplrTritonConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return o [B, T, H, V] in v's dtype and the states [N, H, K, V] in float32: see `impls.dplr`.
 
-    Where four matrices of rows and four squares for each stage need more shared memory than there is, there are fewer
-    stages: at C = 64, K = 128 in bfloat16 three take 303,616 bytes of the 232,448 of sm_90.
-
-    Compiled at T = 8192, H = 64 in bfloat16, registers and microseconds: intra on 4 warps 196, 664 on sm_90 (2 warps
-    spill 120 bytes), walk 224, 354; sm_80 193, 1063 and 246, 478; gfx942 166, 495 and 257, 1167; on sm_100 intra spills
-    72 bytes, 557, and the walk takes 237, 344. Nothing was measured.
+    Raises ValueError for a configuration that the device has too little shared memory for, with what would fit.
     """
-    tile, warps, stages = (64, 4, 3) if family(target) == "sm_90" else (32, 2, 2)
-    loaded = 4 * chunk_size * (problem.BK + chunk_size) * ITEMSIZE[problem.dtype]
-    while stages > 1 and stages * loaded + tile * problem.BK * ITEMSIZE["float32"] > target.shared_memory:
-        stages -= 1
-    return ChunkTritonConfig(
-        chunk_size=chunk_size, value_tile=tile, intra_warps=4, intra_contiguity=1, walk_warps=warps, walk_stages=stages
-    )
-
-
-def dplr_triton(call: Dplr, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return o [B, T, H, V] in v's dtype and the states [N, H, K, V] in float32: see `impls.dplr`."""
     q, k, v, a, b, g = call.tokens
     if q.dtype == torch.float64:
         raise TypeError("q must be float32, bfloat16 or float16 for dplr_triton, got float64")
@@ -271,14 +257,11 @@ def dplr_triton(call: Dplr, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor
         initial=call.initial_state is not None, final=True,
     )  # fmt: skip
     target = target_of(q.device)
-    made = plan(problem, default(problem, target, chunk_size), target)
-    given = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g, "initial": call.initial_state}
-    given["cu_seqlens"] = call.cu_seqlens
-    buffers = {name: x.contiguous() for name, x in given.items() if x is not None}
-    buffers |= {"o": v.new_empty(v.shape), "final": v.new_empty((N, H, K, V), dtype=torch.float32)}
-    for name, (dtype, shape) in made.workspace.items():
-        buffers[name] = v.new_empty(shape, dtype=getattr(torch, dtype))
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        for launch in made.launches:
-            launch.run(buffers, {"T": T, "N": N, "scale": call.scale})
-    return buffers["o"], buffers["final"]
+    config = config or default_dplr(K, V, problem.dtype, target, chunk_size)
+    if reason := unfit(config, K, V, problem.dtype, target):
+        raise ValueError(reason)
+    made = plan(problem, config, target)
+    given = contiguous(q=q, k=k, v=v, a=a, b=b, g=g, initial=call.initial_state, cu_seqlens=call.cu_seqlens)
+    outputs = {"o": v.new_empty(v.shape), "final": v.new_empty((N, H, K, V), dtype=torch.float32)}
+    run_plan(made, given | outputs, {"T": T, "N": N, "scale": call.scale}, v)
+    return outputs["o"], outputs["final"]

@@ -12,11 +12,11 @@ stage, `recompute`, and states that are kept, where how much goes through shared
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 
-from impls.configs import ChunkTritonConfig, RecurrentTritonConfig
+from impls.configs import ChunkTritonConfig, DplrTritonConfig, RecurrentTritonConfig
 from impls.plan import ITEMSIZE, Problem, tile_of
 from impls.targets import Target
 
-Config = ChunkTritonConfig | RecurrentTritonConfig
+Config = ChunkTritonConfig | RecurrentTritonConfig | DplrTritonConfig
 FLOAT32 = 4
 GROUP = 4
 """Warps that share one matrix instruction on Hopper and Blackwell; it takes 64 rows."""
@@ -32,6 +32,10 @@ def shared_memory(config: Config, problem: Problem, target: Target) -> dict[str,
     """Return the bytes of one program of every kernel that the configuration may launch: never less than it needs."""
     if isinstance(config, RecurrentTritonConfig):
         return {"recurrent": _recurrent(config, problem)}
+    if isinstance(config, DplrTritonConfig):
+        return {"intra": _dplr_intra(config, problem, target), "walk": _dplr_walk(config, problem, target)}
+    if config.saves:
+        return {"within": _intra(config, problem, target), "replay": _replay(config, problem)}
     found = {"intra": _intra(config, problem, target), "walk": _walk(config, problem, target, summary=False)}
     if config.segments == 1:
         return found
@@ -87,6 +91,36 @@ def _walk(config: ChunkTritonConfig, problem: Problem, target: Target, summary: 
     # AMD never more than a quarter of it in either layout, in all that was compiled
     kept = (state if target.nvidia else state // 4) if problem.keeps and not summary else 0
     return (max(needed, state) if exchanged else needed) + kept
+
+
+def _replay(config: ChunkTritonConfig, problem: Problem) -> int:
+    """Stage all that is loaded for products and the state twice, and exchange four tiles of values, in one format.
+
+    That is float32 for float16, which has no room for what the backward sums up. Of 120 launches that were compiled
+    none needs more; the median bound is 2.3 times the need.
+    """
+    C, BK, item = config.chunk_size, problem.BK, FLOAT32 if problem.dtype == "float16" else ITEMSIZE[problem.dtype]
+    BV = min(config.value_tile, tile_of(problem.V))
+    loaded, values = (3 * C * BK + 2 * C * C) * item, C * BV * item
+    return config.walk_stages * loaded + 2 * BV * BK * item + 4 * values + EXCHANGE * config.walk_warps
+
+
+def _dplr_intra(config: DplrTritonConfig, problem: Problem, target: Target) -> int:
+    """Exchange rows in float32, or what four squares are split of; products of float32 read both operands."""
+    C, BK = config.chunk_size, problem.BK
+    rows = C * BK * FLOAT32 * (2 if ITEMSIZE[problem.dtype] == FLOAT32 and target.nvidia else 1)
+    return max(rows, 4 * C * C * FLOAT32) + EXCHANGE * config.intra_warps
+
+
+def _dplr_walk(config: DplrTritonConfig, problem: Problem, target: Target) -> int:
+    """Stage four matrices of rows and four squares; values, and the state where warps share no rows, are exchanged."""
+    C, BK, item, warps = config.chunk_size, problem.BK, ITEMSIZE[problem.dtype], config.walk_warps
+    BV = min(config.value_tile, tile_of(problem.V))
+    loaded, values, state = 4 * C * (BK + C) * item, BV * C * item, BV * BK * item
+    if _grouping(target) and item < FLOAT32 and BV >= 64 and warps % GROUP == 0:
+        return config.walk_stages * loaded + values + (state if 16 * warps > BV else 0) + EXCHANGE + BARRIERS
+    needed = max(1, config.walk_stages - 1) * loaded + state + 2 * values + EXCHANGE
+    return max(needed, BV * BK * FLOAT32) if not target.nvidia or warps >= GROUP else needed
 
 
 def _grouping(target: Target) -> bool:
@@ -146,9 +180,7 @@ def unfit(config: Config, K: int, V: int, dtype: str, target: Target, keeps: boo
     return misfit(config, K, V, dtype, target, keeps)
 
 
-def fitted(
-    config: ChunkTritonConfig, K: int, V: int, dtype: str, target: Target, keeps: bool = False
-) -> ChunkTritonConfig:
+def fitted(config: Config, K: int, V: int, dtype: str, target: Target, keeps: bool = False) -> Config:
     """Return the configuration, or the nearest one of its C that fits; unchanged where none does: see `misfit`."""
     problem = _sizes(K, V, dtype, keeps)
     same = (x for x in _smaller(config) if x.chunk_size == config.chunk_size)
@@ -163,15 +195,16 @@ def _largest(config, problem: Problem, target: Target) -> tuple[str, int]:
     return max(shared_memory(config, problem, target).items(), key=lambda item: item[1])
 
 
-def _smaller(config: Config) -> Iterator[ChunkTritonConfig]:
+def _smaller(config: Config) -> Iterator[ChunkTritonConfig | DplrTritonConfig]:
     """Yield smaller configurations: fewer stages first, then a smaller value tile as well, then a smaller chunk."""
     if isinstance(config, RecurrentTritonConfig):
         return
+    tiled = isinstance(config, ChunkTritonConfig)
     for C in _halved(config.chunk_size):
         for value_tile in _halved(config.value_tile):
             for stages in range(config.walk_stages, 0, -1):
-                tiles = min(config.intra_tiles, C // 16)
-                yield replace(config, chunk_size=C, value_tile=value_tile, walk_stages=stages, intra_tiles=tiles)
+                tiles = {"intra_tiles": min(config.intra_tiles, C // 16)} if tiled else {}
+                yield replace(config, chunk_size=C, value_tile=value_tile, walk_stages=stages, **tiles)
 
 
 def _halved(size: int) -> Iterator[int]:

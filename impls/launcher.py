@@ -1,55 +1,106 @@
 """Run a plan on tensors: check the packing, allocate outputs and workspace, launch the kernels in order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
 from impls.checks import DTYPE_NAMES, bounds_of
-from impls.plan import Plan, Problem
+from impls.plan import Plan, Problem, Wanted
 from impls.table import INTERPRET_HINT, interpreting
 
-Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-
-def forward_of(plan_of: Callable[[Problem, torch.device, int, tuple[int, ...]], Plan]) -> Callable[..., Tensors3]:
+def forward_of(
+    plan_of: Callable[[Problem, torch.device, int, tuple[int, ...]], Plan], saved: Sequence[str] = ()
+) -> Callable[..., tuple]:
     """Return the forward of an op for `registration.register_raw` that runs plan_of(problem, device, interval, launch).
 
-    interval: tokens between the states that are kept, 0 where none are.
+    interval: tokens between the states that are kept, 0 where none are. saved: buffers of the workspace that it returns
+    in a list behind its three results, for `registration.register_raw_trained`.
     """
 
     def forward(
         q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, l2norm,
         gate, sigmoid, state_v_first, output_final_state, state_interval, launch,
     ):  # fmt: skip
-        (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
-        packed = cu_seqlens is not None
-        problem = Problem(
-            B=B, T=T, N=cu_seqlens.shape[0] - 1 if packed else B, H=H, HV=HV, K=K, V=V, dtype=DTYPE_NAMES[q.dtype],
-            packed=packed, l2norm=l2norm, gate=gate, sigmoid=sigmoid, A_log=A_log is not None,
-            dt_bias=dt_bias is not None, initial=initial_state is not None, final=output_final_state,
-            keeps=state_interval > 0, v_first=state_v_first,
-        )  # fmt: skip
+        problem = _problem(q, v, A_log, dt_bias, initial_state, cu_seqlens, l2norm, gate, sigmoid, state_v_first)
+        problem = replace(problem, final=output_final_state, keeps=state_interval > 0)
         check_interpreter(q)
         _check_values(q, cu_seqlens, cu_seqlens_cpu)
         plan = plan_of(problem, q.device, state_interval, tuple(launch))
-        given = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias,
-                 "initial": initial_state, "cu_seqlens": cu_seqlens}  # fmt: skip
-        buffers = {name: x.contiguous() for name, x in given.items() if x is not None}
+        buffers = contiguous(q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial=initial_state,
+                              cu_seqlens=cu_seqlens)  # fmt: skip
         outputs = _outputs(problem, v, state_interval, cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu)
-        workspace = {
-            name: v.new_empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in plan.workspace.items()
-        }
         # the rows of the states that are kept were counted by the packing on the host: no kernel writes beyond them
         rows = outputs["kept"].shape[0] * outputs["kept"].shape[1] if problem.keeps else 0
         numbers = {"interval": state_interval, "kept_rows": rows, "scale": scale, "lower_bound": lower_bound or 0.0}
-        scalars = {"T": T, "N": problem.N, **numbers, **plan.scalars}
-        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-            for step in plan.launches:
-                step.run(buffers | outputs | workspace, scalars)
-        return outputs["o"], outputs["final"], outputs["kept"]
+        left = run_plan(plan, buffers | outputs, {"T": problem.T, "N": problem.N, **numbers}, v)
+        results = outputs["o"], outputs["final"], outputs["kept"]
+        return (*results, [left[name] for name in saved]) if saved else results
 
     return forward
+
+
+def backward_of(
+    plan_of: Callable[[Problem, Wanted, torch.device, bool], Plan], names: Sequence[str]
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Return the backward of an op for `registration.register_raw_trained`.
+
+    It runs plan_of(problem, wanted, device, saved), where saved tells whether the forward saved the buffers of these
+    names.
+    """
+
+    def backward(
+        q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, l2norm,
+        gate, sigmoid, state_v_first, saved, do, dS, wanted,
+    ):  # fmt: skip
+        problem = _problem(q, v, A_log, dt_bias, initial_state, cu_seqlens, l2norm, gate, sigmoid, state_v_first)
+        asked = Wanted(*wanted, do=do is not None, dS=dS is not None)
+        check_interpreter(q)
+        _check_values(q, cu_seqlens, cu_seqlens_cpu)
+        buffers = contiguous(q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial=initial_state,
+                              cu_seqlens=cu_seqlens, do=do, dS=dS)  # fmt: skip
+        likes = (q, k, v, g, beta, A_log, dt_bias, initial_state)
+        found = {
+            name: like.new_empty(like.shape) if needed else v.new_empty(0)
+            for (name, needed), like in zip(asked.gradients.items(), likes, strict=True)
+        }
+        numbers = {"scale": scale, "lower_bound": lower_bound or 0.0}
+        plan = plan_of(problem, asked, q.device, len(saved) > 0)
+        buffers |= dict(zip(names, saved, strict=False))
+        run_plan(plan, buffers | found, {"T": problem.T, "N": problem.N, **numbers}, v)
+        return tuple(found.values())
+
+    return backward
+
+
+def _problem(q, v, A_log, dt_bias, initial_state, cu_seqlens, l2norm, gate, sigmoid, state_v_first) -> Problem:
+    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    packed = cu_seqlens is not None
+    return Problem(
+        B=B, T=T, N=cu_seqlens.shape[0] - 1 if packed else B, H=H, HV=HV, K=K, V=V, dtype=DTYPE_NAMES[q.dtype],
+        packed=packed, l2norm=l2norm, gate=gate, sigmoid=sigmoid, A_log=A_log is not None,
+        dt_bias=dt_bias is not None, initial=initial_state is not None, v_first=state_v_first,
+    )  # fmt: skip
+
+
+def contiguous(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Return those that there are, by name, contiguous."""
+    return {name: x.contiguous() for name, x in tensors.items() if x is not None}
+
+
+def run_plan(
+    plan: Plan, buffers: dict[str, torch.Tensor], scalars: dict[str, int | float], like: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Allocate the workspace on the device of `like`, launch the kernels in order, and return the workspace."""
+    workspace = {
+        name: like.new_empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in plan.workspace.items()
+    }
+    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+        for step in plan.launches:
+            step.run(buffers | workspace, scalars | plan.scalars)
+    return workspace
 
 
 def check_interpreter(q: torch.Tensor) -> None:

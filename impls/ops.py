@@ -50,7 +50,8 @@ def _settled(
     """Return the keywords that `Impl.call` takes, without those that are refused, change nothing or are renamed."""
     _refuse_elsewhere(cp_context, use_graph, max_num_seqs)
     checks.check_flag("disable_recompute", disable_recompute)
-    return keywords | {"state_v_first": _renamed(state_v_first, transpose_state_layout)}
+    keywords["state_v_first"] = _renamed(state_v_first, transpose_state_layout)
+    return keywords | ({"disable_recompute": True} if disable_recompute else {})
 
 
 def _run(form: str | None, q, k, v, g, beta, keywords: dict) -> tuple[torch.Tensor, ...]:
@@ -121,7 +122,8 @@ def chunk_kda(
         use_beta_sigmoid_in_kernel: replace beta by sigmoid(beta); with allow_neg_eigval by 2 sigmoid(beta).
         safe_gate: accepted, changes nothing: any gate is safe here.
         lower_bound: negative, finite; see use_gate_in_kernel, without which it changes nothing.
-        disable_recompute: accepted, changes nothing: the backward always recomputes.
+        disable_recompute: keep what the backward needs of the forward instead of computing it again, where Triton's
+            kernels run: the same gradients; elsewhere it changes nothing.
         return_intermediate_states: also return the states that enter every `state_interval` tokens; not differentiable.
             This differs from flash-linear-attention, which returns one per chunk: its NT counts chunks, ours intervals.
         state_v_first: states are [N, HV, V, K]; transpose_state_layout is the old name (DeprecationWarning).

@@ -57,6 +57,47 @@ def tile_of(channels: int) -> int:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """Say which gradients are wanted, and which of the outputs' gradients are given."""
+
+    q: bool = True
+    k: bool = True
+    v: bool = True
+    g: bool = True
+    beta: bool = True
+    A_log: bool = False
+    dt_bias: bool = False
+    initial: bool = False
+    do: bool = True
+    dS: bool = False
+
+    @property
+    def gradients(self) -> dict[str, bool]:
+        """Name the tensors of gradients, and tell which of them are wanted."""
+        return {_GRADIENTS.get(x, f"d{x}"): getattr(self, x) for x in WANTED}
+
+    @property
+    def decays(self) -> bool:
+        """Tell whether gradients of log decays are wanted."""
+        return self.g or self.A_log or self.dt_bias
+
+    @property
+    def rows(self) -> bool:
+        """Tell whether gradients of rows of q, k or g are wanted: then states are kept."""
+        return self.q or self.k or self.decays
+
+    @property
+    def solved(self) -> bool:
+        """Tell whether y is needed behind the walk back."""
+        return self.k or self.beta or self.decays
+
+
+WANTED = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial")
+"""What may want a gradient, in the order of the op's results."""
+_GRADIENTS = {"initial": "dS0"}
+
+
+@dataclass(frozen=True)
 class Launch:
     """One kernel of a plan: how many programs, which buffers by name, and what is compiled into it."""
 
@@ -67,6 +108,8 @@ class Launch:
     """The pointers that it gets; its other pointers are None."""
     constants: dict[str, Any] = field(compare=False)
     options: dict[str, int] = field(compare=False)
+    dtypes: dict[str, str] = field(default_factory=dict, compare=False)
+    """Of buffers whose dtype neither their name nor the inputs' dtype tells."""
 
     def run(self, buffers: dict[str, Any], scalars: dict[str, int | float], programs: int | None = None) -> None:
         """Launch the kernel, or only so many programs, on tensors and numbers by name; nothing where there is none."""

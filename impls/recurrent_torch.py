@@ -79,23 +79,29 @@ def step_in_two_passes(S0: torch.Tensor, S: torch.Tensor, q, k, v, g, beta, out:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled_steps(K: int, V: int, dtype: torch.dtype, threads: int) -> tuple[tuple[int, Callable], ...]:
-    """Return `step_in_two_passes` for each of LANES, compiled for so many threads."""
+def _compiled_steps(
+    K: int, V: int, dtype: torch.dtype, threads: int, turned: bool
+) -> tuple[tuple[int, Callable], ...]:
+    """Return `step_in_two_passes` for each of LANES, compiled for so many threads; turned: for states kept [V, K]."""
     steps = []
     for M in LANES:
-        shapes = [(M, K, V), (M, K, V), (M, 1, K), (M, 1, K), (M, 1, V), (M, 1, K), (M, 1, 1), (M, 1, V), ()]
-        inputs = [*(torch.zeros(shape, dtype=dtype) for shape in shapes), torch.tensor(False)]
+        lying = (M, V, K) if turned else (M, K, V)
+        states = [torch.zeros(lying, dtype=dtype) for _ in range(2)]
+        states = [x.mT for x in states] if turned else states
+        shapes = [(M, 1, K), (M, 1, K), (M, 1, V), (M, 1, K), (M, 1, 1), (M, 1, V), ()]
+        inputs = [*states, *(torch.zeros(shape, dtype=dtype) for shape in shapes), torch.tensor(False)]
         steps.append((M, compiled(step_in_two_passes, inputs, products=False)))
     return tuple(steps)
 
 
 @functools.lru_cache(maxsize=256)
-def _stepper(K: int, V: int, dtype: torch.dtype, threads: int, scale: float, normed: bool) -> Step:
+def _stepper(K: int, V: int, dtype: torch.dtype, threads: int, turned: bool, scale: float, normed: bool) -> Step:
     """Return the compiled steps for any number of states [M, K, V], in the parameters of `step`."""
-    steps, factors = _compiled_steps(K, V, dtype, threads), (torch.tensor(scale, dtype=dtype), torch.tensor(normed))
+    steps = _compiled_steps(K, V, dtype, threads, turned)
+    factors = torch.tensor(scale, dtype=dtype), torch.tensor(normed)
 
     def step_in_parts(S0, S, *rows) -> None:
-        if S0.dtype != S.dtype or not S0.is_contiguous():
+        if S0.dtype != S.dtype or S0.stride() != S.stride():
             S0 = S.copy_(S0)
         if len(S) == LANES[0]:
             steps[0][1](S0, S, *rows, *factors)  # 18 us less than by slices
@@ -109,6 +115,13 @@ def _stepper(K: int, V: int, dtype: torch.dtype, threads: int, scale: float, nor
     return step_in_parts
 
 
+def step_of(compile: bool, S: torch.Tensor, scale: float, normed: bool) -> Step:
+    """Return the compiled steps for states that lie as S [.., K, V] does, or `step`, which neither norms nor scales."""
+    if compile and can_compile():
+        return _stepper(*S.shape[-2:], S.dtype, torch.get_num_threads(), S.stride(-1) != 1, scale, normed)
+    return step
+
+
 def _stepwise(inputs, normed: bool, initial_state, cu_seqlens, scale, output_final_state, state_interval, launch):
     B, T, _, V = inputs[2].shape
     runs, K = runs_of(B, T, bounds_of(cu_seqlens, T)), inputs[0].shape[3]
@@ -116,10 +129,7 @@ def _stepwise(inputs, normed: bool, initial_state, cu_seqlens, scale, output_fin
     S0, S = states.open(runs)
     alone = runs.longest == 1 and runs.adjacent and S.shape[1:] == (K, V) and not state_interval
     config = recurrent_torch_config(tuple(launch), inputs[0], inputs[2], cu_seqlens)
-    if config.compile and T and can_compile():
-        take = _stepper(*S.shape[1:], S.dtype, torch.get_num_threads(), *((scale, normed) if alone else (1.0, False)))
-    else:
-        take = step
+    take = step_of(config.compile and T > 0, S, *((scale, normed) if alone else (1.0, False)))
     if alone:
         o = _decode(inputs, normed, S0, S, scale, take)
     else:

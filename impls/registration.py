@@ -60,7 +60,7 @@ class _FullProducts:
 _ON_CPU, _ON_CUDA = _FullProducts(torch.backends.mkldnn.matmul), _FullProducts(torch.backends.cuda.matmul)
 
 
-def _in_full_precision(function: Callable) -> Callable:
+def in_full_precision(function: Callable) -> Callable:
     """Run a function of (q, ...) with full products and without autocast, on q's device."""
 
     def run(q, *rest):
@@ -84,7 +84,7 @@ def register(name: str, forward: Callable, backward: Callable) -> Callable:
     scale, do, dS, launch) returns the gradients of q, k, v, g, beta, and of the initial state (empty where there is
     none). launch holds the numbers of the configuration: the backward is given those that the forward ran with.
     """
-    forward, backward = _in_full_precision(forward), _in_full_precision(backward)
+    forward, backward = in_full_precision(forward), in_full_precision(backward)
 
     @torch.library.custom_op(f"kda_forge::{name}", mutates_args=())
     def op(
@@ -154,15 +154,23 @@ def _differentiate_with(backward_op: Callable) -> Callable:
 
 
 def _refuse(ctx, *gradients):
-    raise NotImplementedError("kda_forge ops are differentiable once: double backward is not supported")
+    raise NotImplementedError(
+        "kda_forge ops are differentiable once: double backward is not supported; compute the first gradients without "
+        "create_graph=True, or write the recurrence token by token in torch, which autograd differentiates again"
+    )
 
 
-_library = torch.library.Library("kda_forge", "FRAGMENT")
-_RAW = (
-    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, "
+library = torch.library.Library("kda_forge", "FRAGMENT")
+_RAW_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, "
     "Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, float scale, float? lower_bound, bool l2norm, str gate, str sigmoid, "
-    "bool state_v_first, bool output_final_state, SymInt state_interval, SymInt[] launch) -> (Tensor, Tensor, Tensor)"
+    "bool state_v_first"
 )
+_ASKED = "bool output_final_state, SymInt state_interval, SymInt[] launch"
+_RAW = f"({_RAW_INPUTS}, {_ASKED}) -> (Tensor, Tensor, Tensor)"
+_RAW_SAVING = f"({_RAW_INPUTS}, {_ASKED}) -> (Tensor, Tensor, Tensor, Tensor[])"
+_GIVEN = "Tensor[] saved, Tensor? do, Tensor? dS, bool[] wanted"
+_RAW_BACKWARD = f"({_RAW_INPUTS}, {_GIVEN}) -> ({', '.join(['Tensor'] * 8)})"
 
 
 def register_raw(name: str, forward: Callable, kept_dtype: Callable = compute_dtype) -> Callable:
@@ -174,10 +182,68 @@ def register_raw(name: str, forward: Callable, kept_dtype: Callable = compute_dt
     ones in kept_dtype(v): in float32 those, and the inputs, are what a backward needs saved. Defined through a library
     and not through `torch.library.custom_op`, whose layer for autograd would be another 11 us of every decode step.
     """
-    _library.define(f"{name}{_RAW}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _in_full_precision(forward), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kda_forge::{name}", functools.partial(_fake_raw, kept_dtype), lib=_library)
+    return _defined(name, _RAW, forward, functools.partial(_fake_raw, kept_dtype))
+
+
+def register_raw_backward(name: str, backward: Callable) -> Callable:
+    """Register `kda_forge::<name>`, the backward of ops of `register_raw_trained`, and return it.
+
+    backward(q, k, .., state_v_first, saved, do, dS, wanted) takes the arguments of the forward up to the layout of
+    states, what that saved (a list, maybe empty), the gradients of o and of the final state (None for zero), and
+    whether those of q, k, v, g, beta, A_log, dt_bias and the initial state are wanted; it returns these eight in the
+    shapes and dtypes of the inputs, empty where not wanted.
+    """
+    op = _defined(name, _RAW_BACKWARD, backward, _fake_raw_backward)
+    torch.library.register_autograd(op, _refuse, lib=library)
+    return op
+
+
+def register_raw_trained(
+    name: str, forward: Callable, backward_op: Callable, saved: Callable | None = None
+) -> Callable:
+    """Register `kda_forge::<name>` as `register_raw` does, but differentiable by an op of `register_raw_backward`.
+
+    saved: returns for (q, v, cu_seqlens) the (shape, dtype) of what the forward saves for the backward. It then returns
+    that as a list behind its three results.
+    """
+
+    def fake(*inputs):
+        found = _fake_raw(compute_dtype, *inputs)
+        q, v, cu_seqlens = inputs[0], inputs[2], inputs[8]
+        return (*found, [v.new_empty(x, dtype=to) for x, to in saved(q, v, cu_seqlens)]) if saved else found
+
+    op = _defined(name, _RAW_SAVING if saved else _RAW, forward, fake)
+    torch.library.register_autograd(op, _differentiate_raw_with(backward_op), setup_context=_save_raw, lib=library)
+    return op
+
+
+def _defined(name: str, schema: str, function: Callable, fake: Callable) -> Callable:
+    library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, in_full_precision(function), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kda_forge::{name}", fake, lib=library)
     return getattr(torch.ops.kda_forge, name).default
+
+
+def _save_raw(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:10], *(output[3] if len(output) > 3 else ()))
+    ctx.set_materialize_grads(False)
+    ctx.numbers, ctx.has_final_state, ctx.count = inputs[10:16], inputs[16], len(inputs)
+
+
+def _differentiate_raw_with(backward_op: Callable) -> Callable:
+    def backward(ctx, do, dS, *others):
+        wanted, dS = list(ctx.needs_input_grad[:8]), dS if ctx.has_final_state else None
+        kept = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+        found = backward_op(*kept[:10], *ctx.numbers, list(kept[10:]), do, dS, wanted)
+        gradients = [x if needed else None for x, needed in zip(found, wanted, strict=True)]
+        return *gradients, *[None] * (ctx.count - len(gradients))
+
+    return backward
+
+
+def _fake_raw_backward(q, k, v, g, beta, A_log, dt_bias, initial_state, *rest):
+    inputs, wanted = (q, k, v, g, beta, A_log, dt_bias, initial_state), rest[-1]
+    return tuple(x.new_empty(x.shape) if asked else v.new_empty((0,)) for x, asked in zip(inputs, wanted, strict=True))
 
 
 def _fake_raw(

@@ -32,6 +32,11 @@ class States:
             NT = total if cu_seqlens is not None else -(-v.shape[1] // interval)
             self.kept = v.new_empty((v.shape[0], NT, *shape[1:]))
 
+    @property
+    def empty(self) -> bool:
+        """Tell whether zeros enter, and nobody looks at them: who writes the first state need not have read one."""
+        return self.initial is None and not self.interval
+
     def fill(self) -> None:
         """Copy the initial state, zeros where there is none, to where the final state will be."""
         if self.initial is None:

@@ -13,6 +13,8 @@ from impls.configs import (
     TRITON_CHUNK_SIZES,
     ChunkTorchConfig,
     ChunkTritonConfig,
+    DplrTorchConfig,
+    DplrTritonConfig,
     RecurrentTorchConfig,
     RecurrentTritonConfig,
 )
@@ -25,8 +27,9 @@ class Impl:
 
     name: str
     summary: str
-    form: Literal["chunk", "recurrent"]
-    """Whether it computes chunk by chunk or token by token: which of the public ops may choose it."""
+    form: Literal["chunk", "recurrent", "layer", "training"]
+    """Whether it computes chunk by chunk or token by token: which of the public ops may choose it. A layer's step
+    and a training step are for none of them: `impls.layer_steps`, `impls.training_steps`."""
     load: Callable[[], Callable]
     """Import the implementation and return its function: (q, k, v, g, beta, *, config=None, **keywords) -> results.
 
@@ -120,6 +123,18 @@ def _chunk_triton() -> Callable:
     return chunk_triton
 
 
+def _dplr_torch() -> Callable:
+    from impls.dplr_as_kda import by_torch
+
+    return by_torch
+
+
+def _dplr_triton() -> Callable:
+    from impls.dplr_as_kda import by_triton
+
+    return by_triton
+
+
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 # Of several rows that support the same inputs the first is chosen.
@@ -138,13 +153,13 @@ IMPLEMENTATIONS: tuple[Impl, ...] = (
     ),
     Impl(
         name="chunk_triton",
-        summary="chunk by chunk in Triton, in the tree form, two launches; on a GPU not measured",
+        summary="chunk by chunk in Triton, in the tree form, two launches, back in five; on a GPU not measured",
         form="chunk",
         load=_chunk_triton,
         contract=partial(narrow_operands, bitwise=frozenset({"layout"})),
         devices=("cuda", "interpret"),
         dtypes=_FLOATS[1:],
-        backward=False,
+        backward=True,
         chunk_sizes=TRITON_CHUNK_SIZES,
         config=ChunkTritonConfig,
     ),
@@ -175,12 +190,43 @@ IMPLEMENTATIONS: tuple[Impl, ...] = (
 )
 
 
+YARDSTICKS: tuple[Impl, ...] = (
+    Impl(
+        name="dplr_torch",
+        summary="KDA as the member of general DPLR that it is, in torch: what binding a and b to k saves",
+        form="chunk",
+        load=_dplr_torch,
+        contract=partial(at_least_float32, bitwise=frozenset()),
+        devices=("cpu", "cuda"),
+        dtypes=_FLOATS[:2],
+        backward=False,
+        chunk_sizes=TRITON_CHUNK_SIZES,
+        config=DplrTorchConfig,
+    ),
+    Impl(
+        name="dplr_triton",
+        summary="the same in Triton, two launches; on a GPU not measured",
+        form="chunk",
+        load=_dplr_triton,
+        contract=partial(at_least_float32, bitwise=frozenset()),
+        devices=("cuda", "interpret"),
+        dtypes=_FLOATS[1:2],
+        backward=False,
+        chunk_sizes=TRITON_CHUNK_SIZES,
+        config=DplrTritonConfig,
+    ),
+)
+"""Rows that are judged, tuned and timed by their names, and that no public op chooses by itself."""
+NAMED = (*IMPLEMENTATIONS, *YARDSTICKS)
+
+
 def find(name: str) -> Impl:
     """Return the implementation of that name; KeyError with the known names where there is none."""
-    for implementation in IMPLEMENTATIONS:
+    rows = (*IMPLEMENTATIONS, *YARDSTICKS)
+    for implementation in rows:
         if implementation.name == name:
             return implementation
-    raise KeyError(f"unknown implementation {name!r}; known: {', '.join(i.name for i in IMPLEMENTATIONS)}")
+    raise KeyError(f"unknown implementation {name!r}; known: {', '.join(row.name for row in rows)}")
 
 
 def described(q, v) -> dict[str, object]:

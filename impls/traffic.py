@@ -9,14 +9,15 @@ padded parts; what is done element by element is left out.
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
 
-from impls.plan import ITEMSIZE, Launch, Plan, Problem
-from impls.targets import TARGETS
+from impls import traffic_backward
+from impls.plan import ITEMSIZE, WANTED, Launch, Plan, Problem, Wanted
+from impls.targets import TARGETS, Target
 from kda_spec.costs import minimal_bytes, tree_chunk_flops
 from kda_spec.types import Sizes
 
@@ -26,8 +27,11 @@ WRITTEN = {
     "summary": ("left",),
     "combine": ("entering",),
     "recurrent": ("o", "final", "kept"),
+    **traffic_backward.WRITTEN,
 }
 PARAMETERS = ("A_log", "dt_bias")
+DPLR = ("A_qk", "A_qa", "A_bk", "b_before", "a_after")
+"""What general DPLR keeps between its launches beside the buffers of chunk_triton, written by the first."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,17 @@ class Minimum:
     flops: int
 
 
-def counted(plan: Plan, problem: Problem, gate_dtype: str | None = None, interval: int = 0) -> tuple[Traffic, ...]:
+def counted(
+    plan: Plan, problem: Problem, gate_dtype: str | None = None, interval: int = 0, saved: Mapping | None = None
+) -> tuple[Traffic, ...]:
     """Return the traffic of every launch in order.
 
     gate_dtype: that of g and beta, the inputs' where it is None. interval: tokens between the states that are kept.
+    saved: the workspace that a forward left, for a backward that reads it.
     Where sequences are packed, slots for chunks count as if all of them were filled: at most one too many for each.
     """
-    sizes = _sizes_of(plan, problem, gate_dtype or problem.dtype, interval)
+    buffers = {**(saved or {}), **plan.workspace}
+    sizes = _sizes_of(buffers, problem, gate_dtype or problem.dtype, interval)
     return tuple(_launch(launch, problem, plan.scalars.get("segment", 0), sizes) for launch in plan.launches)
 
 
@@ -82,12 +90,18 @@ def minimum(problem: Problem, chunk_size: int, gate_dtype: str | None = None) ->
     return Minimum(moved, tree_chunk_flops(sizes, chunk_size, lengths).matmul)
 
 
-def _sizes_of(plan: Plan, p: Problem, gate_dtype: str, interval: int) -> dict[str, int]:
+def memory(buffers: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Return the bytes of buffers: name -> (dtype, shape), as a plan's workspace."""
+    return sum(math.prod(shape) * ITEMSIZE[dtype] for dtype, shape in buffers.values())
+
+
+def _sizes_of(buffers: Mapping, p: Problem, gate_dtype: str, interval: int) -> dict[str, int]:
     """Return the bytes of every buffer."""
     item, gate, tokens, states = ITEMSIZE[p.dtype], ITEMSIZE[gate_dtype], p.B * p.T, p.HV * p.K * p.V * 4
     return {
         **dict.fromkeys(("q", "k"), tokens * p.H * p.K * item),
         **dict.fromkeys(("v", "o"), tokens * p.HV * p.V * item),
+        **dict.fromkeys(("a", "b"), tokens * p.HV * p.K * item),
         "g": tokens * p.HV * p.K * gate,
         "beta": tokens * p.HV * gate,
         "A_log": p.HV * 4,
@@ -95,12 +109,14 @@ def _sizes_of(plan: Plan, p: Problem, gate_dtype: str, interval: int) -> dict[st
         "cu_seqlens": (p.N + 1) * 8,
         **dict.fromkeys(("initial", "final"), p.N * states),
         "kept": p.spans(interval) * states if interval else 0,
-        **{name: math.prod(shape) * ITEMSIZE[dtype] for name, (dtype, shape) in plan.workspace.items()},
+        **traffic_backward.sizes_of(p, gate_dtype),
+        **{name: memory({name: kind}) for name, kind in buffers.items()},
     }
 
 
 def _launch(launch: Launch, problem: Problem, segment: int, sizes: dict[str, int]) -> Traffic:
-    written = {name: sizes[name] for name in launch.buffers if name in WRITTEN[launch.name]}
+    outputs = WRITTEN[launch.name] + (DPLR if launch.name == "intra" else ())
+    written = {name: sizes[name] for name in launch.buffers if name in outputs}
     read = {name: sizes[name] for name in launch.buffers if name not in written}
     repeats = _repeats(launch, problem)
     return Traffic(
@@ -122,6 +138,8 @@ def _tiles(launch: Launch, problem: Problem) -> int:
 
 def _repeats(launch: Launch, problem: Problem) -> dict[str, int]:
     """Return how many programs read each tensor that more than one reads."""
+    if launch.name in traffic_backward.WRITTEN:
+        return traffic_backward.repeats(launch, problem)
     shared = {"q": problem.HV // problem.H, "k": problem.HV // problem.H}
     if launch.name == "intra":
         chunks = launch.programs // problem.HV
@@ -129,18 +147,22 @@ def _repeats(launch: Launch, problem: Problem) -> dict[str, int]:
     tiles = _tiles(launch, problem)
     if launch.name == "combine":
         return {"left": tiles}
-    repeats = dict.fromkeys(("q_before", "k_before", "k_after", "last", "A", "X", "g", "beta"), tiles)
+    repeats = dict.fromkeys(("q_before", "k_before", "k_after", "last", "A", "X", "g", "beta", *DPLR), tiles)
     return repeats | {name: times * tiles for name, times in shared.items()}
 
 
 def _flops(launch: Launch, problem: Problem, segment: int) -> int:
     """Return the FLOPs of the matrix products of one launch; of the recurrence, its products with the state."""
     c, p = launch.constants, problem
+    if launch.name in traffic_backward.WRITTEN:
+        return traffic_backward.flops(launch, p)
     if launch.name == "recurrent":
         return p.B * p.T * p.HV * _tiles(launch, p) * 6 * c["BV"] * c["BK"]
     if launch.name == "combine":
         return p.spans(segment) * p.HV * _tiles(launch, p) * 2 * c["BV"] * c["BK"] ** 2
     chunks = p.spans(c["C"]) * p.HV
+    if "A_qa" in launch.buffers:
+        return chunks * (_dplr_intra(**c) if launch.name == "intra" else _tiles(launch, p) * _dplr_walk(**c))
     return chunks * (_intra_flops(**c) if launch.name == "intra" else _tiles(launch, p) * _walk_flops(launch))
 
 
@@ -157,6 +179,17 @@ def _walk_flops(launch: Launch) -> int:
     C, BK, BV = (launch.constants[name] for name in ("C", "BK", "BV"))
     products = 1 if launch.name == "summary" else 2
     return (1 + products) * 2 * C * BK * BV + products * 2 * C * C * BV
+
+
+def _dplr_intra(C: int, BK: int, **others) -> int:
+    """Return the FLOPs of one chunk: two diagonals, a product per level of both with both, two in the inverse."""
+    levels = C.bit_length() - 1
+    return 2 * 2 * C * C * BK + levels * 2 * C * C * BK + (levels - 1) * 4 * C**3
+
+
+def _dplr_walk(C: int, BK: int, BV: int, **others) -> int:
+    """Return the FLOPs of one chunk of one value tile: four products with the state or into it, four of C x C."""
+    return 4 * 2 * C * BK * BV + 4 * 2 * C * C * BV
 
 
 CASES = {
@@ -176,7 +209,41 @@ def case(B: int = 1, T: int = 8192, H: int = 64, K: int = 128, dtype: str = "bfl
     )  # fmt: skip
 
 
-def table(rows: Sequence[tuple[str, Traffic, Minimum]]) -> Table:
+Row = tuple[str, Traffic, Minimum]
+
+
+def prefill(name: str, problem: Problem, target: Target) -> list[Row]:
+    """Return the rows of a forward in its default configuration."""
+    from impls.chunk_triton import plan
+    from impls.defaults import default_chunk
+
+    config = default_chunk(problem.K, problem.V, problem.dtype, target)
+    launches, least = counted(plan(problem, config, target), problem), minimum(problem, config.chunk_size)
+    return [(name, launch, least) for launch in (*launches, total(launches))]
+
+
+def training(name: str, problem: Problem, target: Target, saves: bool) -> list[Row]:
+    """Return the rows of a backward, or with `saves` of a forward that saves and of the backward behind it.
+
+    The name of each case says what memory it takes beside inputs and outputs.
+    """
+    from impls.chunk_triton_backward import CHUNK, SAVED, plan, saving_plan, saving_tiling
+
+    wanted = Wanted(**{x: x != "initial" for x in WANTED})
+    back = plan(problem, wanted, target, saves)
+    least = Minimum(*traffic_backward.least(problem, CHUNK, problem.dtype))
+    name = f"{name}: {memory(back.workspace) / 1e6:.0f} MB"
+    if not saves:
+        launches = counted(back, problem)
+    else:
+        forward, own = saving_plan(problem, saving_tiling(problem, target), target), minimum(problem, CHUNK)
+        launches = *counted(forward, problem), *counted(back, problem, saved=forward.workspace)
+        least = Minimum(least.bytes + own.bytes, least.flops + own.flops)
+        name += f", {memory({x: forward.workspace[x] for x in SAVED}) / 1e6:.0f} saved"
+    return [(name, launch, least) for launch in (*launches, total(launches))]
+
+
+def table(rows: Sequence[Row]) -> Table:
     """Lay out rows of (case, traffic, least)."""
     laid = Table()
     for name in ("case", "launch"):
@@ -193,21 +260,20 @@ def table(rows: Sequence[tuple[str, Traffic, Minimum]]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table of the cases that are measured; returns the exit status."""
-    from impls.chunk_triton import plan
-    from impls.defaults import default_chunk
-
     parser = argparse.ArgumentParser(prog="python -m impls.traffic", description=__doc__.splitlines()[0])
     about = "for its default configuration (%(default)s)"
     parser.add_argument("--target", default="sm_90", choices=TARGETS, metavar="NAME", help=about)
     parser.add_argument("--head-dim", default=128, type=int, choices=(64, 128, 256), help="K = V (%(default)s)")
+    back = "count backward passes instead: by recomputation, or behind a forward that saves, with that"
+    parser.add_argument("--training", choices=("recomputing", "saving"), help=back)
     options, rows = parser.parse_args(arguments), []
     target = TARGETS[options.target]
     for name, sizes in CASES.items():
         problem = replace(case(**sizes), K=options.head_dim, V=options.head_dim)
-        config = default_chunk(problem.K, problem.V, problem.dtype, target)
-        launches = counted(plan(problem, config, target), problem)
-        least = minimum(problem, config.chunk_size)
-        rows += [(name, launch, least) for launch in (*launches, total(launches))]
+        if options.training:
+            rows += training(name, replace(problem, initial=False, final=False), target, options.training == "saving")
+        else:
+            rows += prefill(name, problem, target)
     page = Console()
     (page if page.is_terminal else Console(width=130)).print(table(rows))
     return 0

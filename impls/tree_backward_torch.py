@@ -58,31 +58,72 @@ def within_gradients(q, k, g, d_AL, d_rows, d_k_after, to_total) -> tuple[torch.
     [R, C, K]; to_total [R, K], of the logarithm of the decay of the whole chunk.
     """
     C, K = q.shape[1:]
-    levels = _levels(torch.exp(g), C)
+    alpha = torch.exp(g.reshape(-1, GROUP, K))
+    levels = _levels(alpha, C)
     before, after = (x.view(-1, C, K) for x in levels.pop())
     of_q, of_k = d_rows.split(C, 1)
     dq, of_k, of_early = of_q * before, of_k * before, d_k_after * after
     dk, to_before, to_after = of_k + of_early, dq * q + of_k * k, of_early * k
-    diagonal = d_AL[:, :C].diagonal(dim1=1, dim2=2).unsqueeze(-1)
-    dq, dk, s = dq + diagonal * k, dk + diagonal * q, C // 2
-    while s:
+    s = C // 2
+    while s >= GROUP:
         found = (x.view(-1, 2, s, K) for x in (dq, dk, to_before, to_after))
         dq, dk, to_before, to_after, to_total = _with_level(
             q, k, *levels.pop(), _corners(d_AL, s), s, *found, to_total
         )
         s //= 2
-    return *(x.view(q.shape) for x in (dq, dk)), (to_before.view(to_total.shape) + to_total).view(q.shape)
+    per_token = (x.reshape(-1, GROUP, K) for x in (q, k, alpha, dq, dk, to_before, to_after))
+    return tuple(x.view(q.shape) for x in group_gradients(*per_token, to_total, *_diagonal(d_AL)))
 
 
 def _levels(alpha, C: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return before and after of every level, groups of one token first, the whole chunk last; alpha [R, C, K]."""
-    total = alpha.view(-1, alpha.shape[-1])
-    before, after, found, s = total.unsqueeze(1), torch.ones_like(total).unsqueeze(1), [], 1
+    """Return before and after of every level, groups of GROUP tokens first, the whole chunk last; alpha [M, GROUP, K].
+    """
+    before, after = decays(alpha)
+    total, found, s = before[:, -1], [], GROUP
     while s < C:
         found.append((before, after))
         before, after, total = merged(before, after, total, s)
         s *= 2
     return [*found, (before, after)]
+
+
+def group_gradients(q, k, alpha, dq, dk, to_before, to_after, to_total, dA, dL) -> tuple[torch.Tensor, ...]:
+    """Return dq, dk, dg [M, G, K] with what the products within groups of G tokens give, pair by pair.
+
+    q to to_after [M, G, K], to_total [M, K]; dA, dL [M, G, G]. dq, dk, to_before, to_after and to_total come as what
+    all larger groups gave. Compiled, all pairs are one pass over memory: level by level it were twenty.
+    """
+    q, k, alpha, dq, dk, to_before, to_after = (list(x.unbind(1)) for x in (q, k, alpha, dq, dk, to_before, to_after))
+    G, late = len(q), torch.zeros_like(to_total)
+    dg, early = [to_total] * G, late
+    for t in range(G):
+        late = late + to_before[G - 1 - t]
+        dg[G - 1 - t] = dg[G - 1 - t] + late
+        if t:
+            early = early + to_after[t - 1]
+            dg[t] = dg[t] + early
+        diagonal = dA[:, t, t, None]
+        dq[t], dk[t] = dq[t] + diagonal * k[t], dk[t] + diagonal * q[t]
+    for j in range(G):
+        decay, received = None, []
+        for i in range(j + 1, G):
+            decay = alpha[i] if decay is None else decay * alpha[i]
+            decayed, of_q, of_k = k[j] * decay, dA[:, i, j, None], dL[:, i, j, None]
+            dq[i], dk[i] = dq[i] + of_q * decayed, dk[i] + of_k * decayed
+            of_decayed = of_q * q[i] + of_k * k[i]
+            dk[j] = dk[j] + of_decayed * decay
+            received.append(of_decayed * decayed)  # by the logarithms of all gates behind j up to i
+        for i in reversed(range(j + 1, G)):
+            late = received[i - j - 1] if i == G - 1 else late + received[i - j - 1]
+            dg[i] = dg[i] + late
+    return tuple(torch.stack(x, 1) for x in (dq, dk, dg))
+
+
+def _diagonal(d_AL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the blocks [M, GROUP, GROUP] on the diagonals of dA and dL."""
+    R, _, C = d_AL.shape
+    blocks = d_AL.view(R, 2, C // GROUP, GROUP, C // GROUP, GROUP).diagonal(dim1=2, dim2=4).movedim(-1, 2)
+    return tuple(x.reshape(-1, GROUP, GROUP) for x in blocks.unbind(1))
 
 
 def _with_level(q, k, before, after, corners, s: int, dq, dk, to_before, to_after, to_total) -> tuple:
@@ -93,7 +134,7 @@ def _with_level(q, k, before, after, corners, s: int, dq, dk, to_before, to_afte
     it takes 10 seconds to compile instead of 70.
     """
     late, early = _operands(q, k, before, after, s)
-    of_late, of_early = _product(corners, early), _product(corners.mT, late)
+    of_late, of_early = torch.bmm(corners, early), torch.bmm(corners.mT, late)
     late_before, early_after, received = halves(before, s)[1], halves(after, s)[0], of_late * late
     dq = torch.stack([dq[:, 0], dq[:, 1] + of_late[:, :s] * late_before], 1)
     dk = torch.stack([dk[:, 0] + of_early * early_after, dk[:, 1] + of_late[:, s:] * late_before], 1)
@@ -101,16 +142,6 @@ def _with_level(q, k, before, after, corners, s: int, dq, dk, to_before, to_afte
     to_before = torch.stack([to_before[:, 0], to_before[:, 1] + received[:, :s] + received[:, s:]], 1)
     to_after = torch.stack([to_after[:, 0] + of_early * early, to_after[:, 1]], 1)
     return dq, dk, to_before, to_after, torch.stack(totals, 1).flatten(0, 1)
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a b for a [pairs, m, n] and b [pairs, n, K], element by element where there are few rows."""
-    if min(a.shape[1:]) >= GROUP:
-        return torch.bmm(a, b)
-    found = a[:, :, :1] * b[:, :1]
-    for n in range(1, a.shape[2]):
-        found = torch.addcmul(found, a[:, :, n, None], b[:, n, None])
-    return found
 
 
 def _corners(x: torch.Tensor, s: int) -> torch.Tensor:

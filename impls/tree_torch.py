@@ -5,7 +5,8 @@ Take alpha = exp(g). Per token and channel of a group of s tokens
     before   the product of decays from the group's start up to and including the token
     after    the product of decays behind the token to the group's end
 
-Groups of GROUP tokens come first: with D_ij, the product of the decays behind token j up to token i,
+Groups of GROUP tokens come first (or of as many as a configuration says): with D_ij, the product of the decays behind
+token j up to token i,
 
     A_ij = q_i . (D_ij * k_j), j <= i           L_ij = k_i . (D_ij * k_j), j < i
 
@@ -22,18 +23,20 @@ GROUP = 8
 """Tokens that are worked on element by element: products of fewer rows reach a twentieth of the speed of large ones."""
 
 
-def within_chunks(q, k, g, beta) -> tuple[torch.Tensor, ...]:
+def within_chunks(q, k, g, beta, group: int = GROUP) -> tuple[torch.Tensor, ...]:
     """Return all of chunks that needs no state, for q, k, g [R, C, K] and beta [R, C, 1] of R chunks.
+
+    group: tokens of a group at first, at most C.
 
     A, X diag(beta) [R, C, C], the rows k before and q before [R, 2C, K], k after [R, C, K] and the decay of the whole
     chunk [R, K].
     """
     (_, C, K), beta = q.shape, beta.squeeze(-1)
-    q, k, g = (x.reshape(-1, GROUP, K) for x in (q, k, g))
+    q, k, g = (x.reshape(-1, group, K) for x in (q, k, g))
     alpha = torch.exp(g)  # behind reshape: before it, the compiler computes it again for every use
     A, L = group_products(q, k, alpha)
     before, after = decays(alpha)
-    total, corners, s = before[:, -1], [], GROUP
+    total, corners, s = before[:, -1], [], group
     while s < C:
         late_q, late_k, late_before = (halves(x, s)[1] for x in (q, k, before))
         early_k, early_after = (halves(x, s)[0] for x in (k, after))
@@ -43,7 +46,7 @@ def within_chunks(q, k, g, beta) -> tuple[torch.Tensor, ...]:
         s *= 2
     A, X = _joined(A, L, beta, corners)
     q, k = q.view(-1, C, K), k.view(-1, C, K)
-    return A, X * beta.unsqueeze(1), torch.cat([k * before, q * before], 1), k * after, total
+    return A, X * beta.unsqueeze(1), torch.cat([k * before, q * before], 1), k * after, total.contiguous()
 
 
 def group_products(q, k, alpha) -> tuple[torch.Tensor, torch.Tensor]:

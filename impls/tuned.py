@@ -23,13 +23,13 @@ from typing import NamedTuple
 import torch
 
 from impls.checks import DTYPE_NAMES
-from impls.configs import ChunkTritonConfig, RecurrentTritonConfig, invalid
+from impls.configs import ChunkTritonConfig, DplrTritonConfig, RecurrentTritonConfig, invalid
 from impls.devices import named, slug
 from impls.footprint import unfit
-from impls.table import IMPLEMENTATIONS, find
+from impls.table import NAMED, find
 from impls.targets import of as target_of
 
-KINDS = {row.name: row.config for row in IMPLEMENTATIONS if row.config}
+KINDS = {row.name: row.config for row in NAMED if row.config}
 """What looks its configuration up, and a file may configure: the implementations that have one."""
 LIMIT = 4 << 20
 """Bytes of a file that is read."""
@@ -74,6 +74,11 @@ class Found:
     """The entry, None for the default row."""
     nearest: bool
     """Whether the file is another device's."""
+
+    def tuned_with(self, threads: int) -> bool:
+        """Tell whether torch had so many threads where this was tuned."""
+        provenance = (self.entry or _read_once(self.path))["provenance"]
+        return str(provenance.get("environment", {}).get("threads")) == str(threads)
 
 
 def folders() -> tuple[Path, ...]:
@@ -183,7 +188,7 @@ def _usable(found: Found, shape: Shape, chunks_of: int | None, device: str) -> b
 
 @lru_cache(maxsize=1024)
 def _refusal(config: object, device: str, K: int, V: int, dtype: str, keeps: bool) -> str | None:
-    if not isinstance(config, ChunkTritonConfig | RecurrentTritonConfig):
+    if not isinstance(config, ChunkTritonConfig | RecurrentTritonConfig | DplrTritonConfig):
         return None
     return unfit(config, K, V, dtype, target_of(torch.device(device)), keeps)
 

@@ -12,7 +12,8 @@ from torch import nn
 from kimi_linear.config import KimiConfig
 from kimi_linear.layout import Stored, stored
 from kimi_linear.parameters import allocated
-from kimi_linear.shards import DTYPES, CheckpointError, Entry, Shard, header, read
+from kimi_linear.shards import DTYPES, CheckpointError, Entry, Shard, Wanted, header, read
+from kimi_linear.share import WHOLE, Share
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LISTED = 8
@@ -96,29 +97,42 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         progress: Callable[[int, int], None] | None = None,
+        share: Share = WHOLE,
     ):
-        """Return the model with its weights; arguments as `KimiLinear.from_pretrained`.
+        """Return the model with its weights, or a share of it; other arguments as `KimiLinear.from_pretrained`.
 
-        CheckpointError lists all `problems`, before anything is read.
+        Of a share no bytes are read but its own. CheckpointError lists all `problems`, before anything is read.
         """
         from kimi_linear.model import KimiLinear
 
         if problems := self.problems():
             raise CheckpointError("\n  ".join([f"{self.folder}: these weights cannot be loaded", *problems]))
         with torch.device("meta"):
-            model = KimiLinear(self.config)
-        parameters = self._allocated(model, dtype, device)
-        done, names = 0, ((name, self.entries[name]) for name in self.wanted)
-        for size in read(names, _Filler(self.wanted, parameters)):
+            model = KimiLinear(self.config, share)
+        own = {each.name: each for each in stored(self.config, share)}
+        parameters = self._allocated(model, own, dtype, device)
+        parts = [Wanted(name, self.entries[name], self._cut(each, share)) for name, each in own.items()]
+        done, total = 0, sum(part.bytes for part in parts)
+        for size in read(parts, _Filler(self.wanted, own, parameters, share)):
             done += size
             if progress:
-                progress(done, self.bytes)
+                progress(done, total)
         return model.eval()
 
-    def _allocated(self, model: nn.Module, dtype: torch.dtype | None, device) -> dict[str, torch.Tensor]:
+    def _cut(self, own: Stored, share: Share) -> tuple[slice, ...]:
+        """Return which part of a stored tensor a share has: () for all of it, and for all that is padded."""
+        whole, shape = self.wanted[own.name], self.entries[own.name].shape
+        if shape not in whole.shapes or (part := own.shapes[whole.shapes.index(shape)]) == shape:
+            return ()
+        first = (share.rank * n if n < count else 0 for n, count in zip(part, shape, strict=True))
+        return tuple(slice(at, at + n) for at, n in zip(first, part, strict=True))
+
+    def _allocated(
+        self, model: nn.Module, own: dict[str, Stored], dtype: torch.dtype | None, device
+    ) -> dict[str, torch.Tensor]:
         """Give every parameter memory of the dtype that its tensors are stored in, or of `dtype`; return them."""
         kinds: dict[str, set[torch.dtype]] = {}
-        for name, each in self.wanted.items():
+        for name, each in own.items():
             as_stored = DTYPES[self.entries[name].dtype]
             kinds.setdefault(each.into, set()).add(as_stored if dtype is None or each.float32 else dtype)
         if mixed := [into for into, found in kinds.items() if len(found) > 1]:
@@ -129,13 +143,16 @@ class Checkpoint:
 class _Filler:
     """Copy stored rows to their place, and look for NaN on the way."""
 
-    def __init__(self, wanted: dict[str, Stored], parameters: dict[str, torch.Tensor]):
-        self.wanted, self.parameters = wanted, parameters
+    def __init__(
+        self, wanted: dict[str, Stored], own: dict[str, Stored], parameters: dict[str, torch.Tensor], share: Share
+    ):
+        self.wanted, self.own, self.parameters, self.share = wanted, own, parameters, share
 
     def __call__(self, name: str, rows: torch.Tensor, first: int) -> None:
-        each = self.wanted[name]
+        each = self.own[name]
         if each.padded and rows.numel() > each.elements:
-            rows = _unpadded(name, rows, each.elements)
+            rows = _unpadded(name, rows, self.wanted[name].elements)
+            rows = rows.chunk(self.share.ranks)[self.share.rank]
         place = self.parameters[each.into][each.at or slice(None)]
         if first or rows.numel() < place.numel():
             place = place[first : first + len(rows)]

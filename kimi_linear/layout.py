@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from kimi_linear.config import KDA, KimiConfig
+from kimi_linear.share import WHOLE, Share
 
 FLOAT32 = ("A_log", "dt_bias")
 """Stored in float32 whatever the model's dtype."""
@@ -40,29 +41,34 @@ class Stored:
         """Tell whether it is kept in float32."""
         return self.name.rsplit(".", 1)[-1] in FLOAT32
 
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Return all shapes in which checkpoints store it, padded ones aside."""
+        return (self.shape, *self.also)
+
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """Tell whether a stored tensor of this shape is this one."""
         longer = self.padded and len(shape) == 1 and shape[0] > self.elements
-        return shape == self.shape or shape in self.also or longer
+        return shape in self.shapes or longer
 
 
-def stored(config: KimiConfig) -> Iterator[Stored]:
-    """Yield every tensor of the model's checkpoint, layer by layer."""
-    D = config.hidden_size
-    yield Stored("model.embed_tokens.weight", (config.vocab_size, D), "embed")
+def stored(config: KimiConfig, share: Share = WHOLE) -> Iterator[Stored]:
+    """Yield every tensor of the model's checkpoint, layer by layer; of a share its own, in the shapes that it has."""
+    D, own = config.hidden_size, share.of(config)
+    yield Stored("model.embed_tokens.weight", (own.vocab_size, D), "embed.weight")
     for i, kind in enumerate(config.layers):
         there, here = f"model.layers.{i}", f"layers.{i}"
         yield Stored(f"{there}.input_layernorm.weight", (D,), f"{here}.mixer_norm")
         mixer = _kda if kind == KDA else _mla
-        yield from mixer(config, f"{there}.self_attn", f"{here}.mixer")
+        yield from mixer(own, f"{there}.self_attn", f"{here}.mixer")
         yield Stored(f"{there}.post_attention_layernorm.weight", (D,), f"{here}.ffn_norm")
         if i < config.dense_layers:
-            for each in _mlp(f"{there}.mlp", f"{here}.ffn", D, config.intermediate_size):  # the alias: transformers
+            for each in _mlp(f"{there}.mlp", f"{here}.ffn", D, own.intermediate_size):  # the alias: transformers
                 yield replace(each, alias=each.name.replace(".mlp.", ".block_sparse_moe."))
         else:
-            yield from _experts(config, f"{there}.block_sparse_moe", f"{here}.ffn")
+            yield from _experts(config, f"{there}.block_sparse_moe", f"{here}.ffn", share)
     yield Stored("model.norm.weight", (D,), "norm")
-    yield Stored("lm_head.weight", (config.vocab_size, D), "head")
+    yield Stored("lm_head.weight", (own.vocab_size, D), "head.weight")
 
 
 def in_rows(names_and_rows: dict[str, int], columns: int, there: str, into: str) -> Iterator[Stored]:
@@ -105,7 +111,7 @@ def _kda(config: KimiConfig, there: str, here: str) -> Iterator[Stored]:
     if "g_a_proj" in projections:
         yield Stored(f"{there}.g_b_proj.weight", (P, K), f"{here}.g_b")
     yield Stored(f"{there}.o_norm.weight", (K,), f"{here}.o_norm")
-    yield Stored(f"{there}.o_proj.weight", (D, P), f"{here}.out_proj")
+    yield Stored(f"{there}.o_proj.weight", (D, P), f"{here}.out_proj.weight")
 
 
 def _mla(config: KimiConfig, there: str, here: str) -> Iterator[Stored]:
@@ -117,7 +123,7 @@ def _mla(config: KimiConfig, there: str, here: str) -> Iterator[Stored]:
     yield Stored(f"{there}.kv_a_layernorm.weight", (R,), f"{here}.latent_norm")
     expanded = config.qk_nope_head_dim + config.v_head_dim
     yield Stored(f"{there}.kv_b_proj.weight", (H * expanded, R), f"{here}.kv_b")
-    yield Stored(f"{there}.o_proj.weight", (D, H * config.v_head_dim), f"{here}.out_proj")
+    yield Stored(f"{there}.o_proj.weight", (D, H * config.v_head_dim), f"{here}.out_proj.weight")
 
 
 def _mlp(there: str, here: str, D: int, I: int) -> Iterator[Stored]:
@@ -125,14 +131,14 @@ def _mlp(there: str, here: str, D: int, I: int) -> Iterator[Stored]:
     yield Stored(f"{there}.down_proj.weight", (D, I), f"{here}.down")
 
 
-def _experts(config: KimiConfig, there: str, here: str) -> Iterator[Stored]:
+def _experts(config: KimiConfig, there: str, here: str, share: Share) -> Iterator[Stored]:
     D, I, E = config.hidden_size, config.moe_intermediate_size, config.experts
     yield Stored(f"{there}.gate.weight", (E, D), f"{here}.router")
     yield Stored(f"{there}.gate.e_score_correction_bias", (E,), f"{here}.router_bias")
-    for e in range(E):
-        expert = f"{there}.experts.{e}"
+    for e, number in enumerate(share.experts(config)):
+        expert = f"{there}.experts.{number}"
         yield Stored(f"{expert}.w1.weight", (I, D), f"{here}.gate_up", (e, slice(0, I)))
         yield Stored(f"{expert}.w3.weight", (I, D), f"{here}.gate_up", (e, slice(I, 2 * I)))
         yield Stored(f"{expert}.w2.weight", (D, I), f"{here}.down", (e,))
     if config.shared_experts:
-        yield from _mlp(f"{there}.shared_experts", f"{here}.shared", D, config.shared_experts * I)
+        yield from _mlp(f"{there}.shared_experts", f"{here}.shared", D, share.shared(config))

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from kimi_linear.cache import Cache, CacheError, Live
 from kimi_linear.config import KDA, KimiConfig
 from kimi_linear.layers import Block
 from kimi_linear.packing import Piece, bounds, passes
-from kimi_linear.parameters import rms_norm, weight
+from kimi_linear.parameters import Embedding, Projection, rms_norm, weight
+from kimi_linear.share import WHOLE, Share
 
 Ids = torch.Tensor | Sequence[Sequence[int]]
 
@@ -24,11 +24,13 @@ WINDOW = 256
 class KimiLinear(nn.Module):
     """The model. Weights come from a checkpoint; what it remembers is in a `Cache`, one per conversation or batch."""
 
-    def __init__(self, config: KimiConfig):
+    def __init__(self, config: KimiConfig, share: Share = WHOLE):
+        """Build the model, or the share of it that a rank holds: that one answers once `parallel` has joined it."""
         super().__init__()
-        self.config = config
-        self.embed, self.head = (weight(config.vocab_size, config.hidden_size) for _ in range(2))
-        self.layers = nn.ModuleList(Block(config, i) for i in range(len(config.layers)))
+        self.config, self.own = config, share.of(config)
+        self.embed = Embedding(self.own.vocab_size, config.hidden_size)
+        self.head = Projection(config.hidden_size, self.own.vocab_size)
+        self.layers = nn.ModuleList(Block(config, i, share) for i in range(len(config.layers)))
         self.norm = weight(config.hidden_size)
         self._step = self.step
 
@@ -55,16 +57,16 @@ class KimiLinear(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of activations, which is that of the embedding."""
-        return self.embed.dtype
+        return self.embed.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Return where the model is."""
-        return self.embed.device
+        return self.embed.weight.device
 
     def cache(self, batch: int = 1, capacity: int = 2048, *, boundary: int | None = None) -> Cache:
         """Return an empty cache of `batch` sequences of at most `capacity` tokens; arguments as `Cache`."""
-        return Cache(self.config, batch, capacity, boundary=boundary, dtype=self.dtype, device=self.device)
+        return Cache(self.own, batch, capacity, boundary=boundary, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
     def prefill(self, ids: Ids, cache: Cache, *, logits: str = "last", chunk: int = PREFILL_TOKENS):
@@ -136,7 +138,7 @@ class KimiLinear(nn.Module):
         """
         later = torch.arange(window, device=ids.device) > positions[:, None]
         mask = torch.where(later, float("-inf"), 0.0).to(self.dtype)[:, None]
-        x, kda, mla, after = F.embedding(ids, self.embed), iter(zip(inputs, states, strict=True)), iter(latents), []
+        x, kda, mla, after = self.embed(ids), iter(zip(inputs, states, strict=True)), iter(latents), []
         for block in self.layers:
             if block.kind == KDA:
                 mixed, *own = block.mixer.step(block.normed(x), *next(kda))
@@ -148,7 +150,7 @@ class KimiLinear(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits [n, vocab] in float32 (float64 in a model of float64) of the last block's output [n, D]."""
-        found = F.linear(rms_norm(x, self.norm, self.config.rms_norm_eps), self.head)
+        found = self.head(rms_norm(x, self.norm, self.config.rms_norm_eps))
         return found if found.dtype == torch.float64 else found.float()
 
     def generate(self, prompts: Ids, **options) -> list[list[int]]:
@@ -177,7 +179,7 @@ class KimiLinear(nn.Module):
         lengths = list(cache.lengths)
         for piece in pieces:
             lengths[piece.row] += piece.last - piece.first
-        x = F.embedding(torch.cat([prompts[p.row][p.first : p.last] for p in pieces]), self.embed)
+        x = self.embed(torch.cat([prompts[p.row][p.first : p.last] for p in pieces]))
         kda, mla, after = iter(zip(live.inputs, live.states, strict=True)), iter(cache.latents), []
         for block in self.layers:
             if block.kind == KDA:
@@ -194,7 +196,7 @@ class KimiLinear(nn.Module):
     def _checked(self, ids: Ids, cache: Cache) -> list[torch.Tensor]:
         """Return one tensor of ids per sequence, on the model's device; raise before anything has changed."""
         made_for = (cache.config, cache.dtype, cache.device)
-        if made_for != (self.config, self.dtype, self.device):
+        if made_for != (self.own, self.dtype, self.device):
             raise CacheError("the cache was made for another model: take model.cache(...)")
         prompts = self.prompts(ids)
         if len(prompts) != cache.batch:

@@ -6,6 +6,7 @@ from torch import nn
 
 from kimi_linear.config import KimiConfig
 from kimi_linear.parameters import at_least_float32, weight
+from kimi_linear.share import WHOLE, Share
 
 
 def mlp(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -54,36 +55,51 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """Route each token to its experts; add the shared experts, which see all tokens."""
+    """Route each token to its experts; add the shared experts, which see all tokens.
 
-    def __init__(self, config: KimiConfig):
+    A share of them routes as all do, and leaves the tokens of experts that it does not hold at zero.
+    """
+
+    def __init__(self, config: KimiConfig, share: Share = WHOLE):
         super().__init__()
         D, I, E = config.hidden_size, config.moe_intermediate_size, config.experts
-        self.config = config
+        self.config, self.held = config, share.experts(config)
         self.router, self.router_bias = weight(E, D), weight(E)
-        self.gate_up, self.down = weight(E, 2 * I, D), weight(E, D, I)
-        self.shared = MLP(D, config.shared_experts * I) if config.shared_experts else None
+        self.gate_up, self.down = weight(len(self.held), 2 * I, D), weight(len(self.held), D, I)
+        self.shared = MLP(D, share.shared(config)) if config.shared_experts else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return y [n, D] of x [n, D]."""
         scores = torch.sigmoid(F.linear(at_least_float32(x), at_least_float32(self.router)))
         chosen, weights = route(scores, self.router_bias.to(scores.dtype), self.config)
+        if len(self.held) < self.config.experts:
+            chosen = self._here(chosen)
         static = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         run = self._gathered if static else self._alone if len(x) == 1 else self._grouped
         y = (weights.to(x.dtype)[:, None] @ run(x, chosen))[:, 0]
         return y if self.shared is None else y + self.shared(x)
 
+    def _here(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Return experts counted from the first one held, the number of those held for experts elsewhere."""
+        elsewhere = (chosen < self.held.start) | (chosen >= self.held.stop)
+        return (chosen - self.held.start).masked_fill(elsewhere, len(self.held))
+
     def _gathered(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Return what each token's experts make of it [n, k, D]: static shapes, no look at values, weights copied."""
         n, k = chosen.shape
-        of = chosen.flatten()
+        of = chosen.flatten().clamp(max=len(self.held) - 1)
         rows = x[:, None].expand(n, k, -1).reshape(n * k, -1, 1)
         gate, up = torch.bmm(self.gate_up.index_select(0, of), rows).chunk(2, 1)
-        return torch.bmm(self.down.index_select(0, of), F.silu(gate) * up).view(n, k, -1)
+        made = torch.bmm(self.down.index_select(0, of), F.silu(gate) * up).view(n, k, -1)
+        if len(self.held) == self.config.experts:
+            return made
+        return made.masked_fill((chosen == len(self.held))[..., None], 0)
 
     def _alone(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Return the same for one token: nothing to sort, 24 us instead of 34 for two small experts."""
-        return torch.stack([mlp(x, self.gate_up[e], self.down[e]) for e in chosen[0].tolist()], 1)
+        here = (e if e < len(self.held) else None for e in chosen[0].tolist())
+        made = [torch.zeros_like(x) if e is None else mlp(x, self.gate_up[e], self.down[e]) for e in here]
+        return torch.stack(made, 1)
 
     def _grouped(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Return the same: tokens in the order of their experts, each expert once over all of its own."""
@@ -91,9 +107,10 @@ class Experts(nn.Module):
         of = chosen.flatten()
         order = of.argsort(stable=True)
         rows, made, first = x[order // k], x.new_empty(n * k, x.shape[1]), 0
-        for e, count in enumerate(torch.bincount(of, minlength=len(self.down)).tolist()):
+        for e, count in enumerate(torch.bincount(of, minlength=len(self.down)).tolist()[: len(self.down)]):
             if count:
                 part = slice(first, first + count)
                 made[part] = mlp(rows[part], self.gate_up[e], self.down[e])
                 first += count
+        made[first:] = 0
         return torch.empty_like(made).index_copy_(0, order, made).view(n, k, -1)

@@ -78,21 +78,45 @@ def _entry(name: str, path: Path, about: dict) -> Entry:
     return Entry(name, path, dtype, shape, begin, end)
 
 
-def read(wanted: Iterable[tuple[str, Entry]], take: Callable[[str, torch.Tensor, int], None]) -> Iterator[int]:
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor to be read: the name to hand it over by, which may differ from the file's, and which part of it."""
+
+    name: str
+    entry: Entry
+    cut: tuple[slice, ...] = ()
+    """One slice per axis, with a start and a stop; () for all of it."""
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Return the first row and the one behind the last; a number is one row."""
+        if self.cut:
+            return self.cut[0].start, self.cut[0].stop
+        return 0, self.entry.shape[0] if self.entry.shape else 1
+
+    @property
+    def bytes(self) -> int:
+        """Return how many bytes the part has."""
+        whole = self.entry.end - self.entry.begin
+        cut = prod(x.stop - x.start for x in self.cut)
+        return whole * cut // prod(self.entry.shape) if self.cut else whole
+
+
+def read(wanted: Iterable[Wanted], take: Callable[[str, torch.Tensor, int], None]) -> Iterator[int]:
     """Call take(name, rows, first) with mapped rows of every tensor, in the order of the files; yield bytes read.
 
-    wanted: names to call it with, which may differ from those in the files, and what to read. What `take` is given
-    lives until it returns: it copies. CheckpointError where the library refuses a file.
+    first: how many rows of what is wanted come before these. What `take` is given lives until it returns: it copies.
+    CheckpointError where the library refuses a file.
     """
-    by_shard: dict[Path, list[tuple[str, Entry]]] = {}
-    for name, entry in wanted:
-        by_shard.setdefault(entry.shard, []).append((name, entry))
-    for path, entries in sorted(by_shard.items()):
-        for part in _parts(sorted(entries, key=lambda x: x[1].begin)):
+    by_shard: dict[Path, list[Wanted]] = {}
+    for each in wanted:
+        by_shard.setdefault(each.entry.shard, []).append(each)
+    for path, tensors in sorted(by_shard.items()):
+        for part in _parts(sorted(tensors, key=lambda x: x.entry.begin)):
             try:
                 with safe_open(path, framework="pt") as file:
-                    for name, own, first, last in part:
-                        rows = file.get_slice(own)[first:last] if last is not None else file.get_tensor(own)
+                    for name, own, first, index in part:
+                        rows = file.get_slice(own)[index] if index else file.get_tensor(own)
                         take(name, rows, first)
                         size = rows.nbytes
                         del rows
@@ -101,15 +125,18 @@ def read(wanted: Iterable[tuple[str, Entry]], take: Callable[[str, torch.Tensor,
                 raise CheckpointError(f"{path}: {error}") from error
 
 
-def _parts(entries: list[tuple[str, Entry]]) -> Iterator[list[tuple[str, str, int, int | None]]]:
-    """Yield lists of (name, name in the file, first row, last row or None for all) of about MAPPED_BYTES each."""
+def _parts(wanted: list[Wanted]) -> Iterator[list[tuple[str, str, int, tuple[slice, ...]]]]:
+    """Yield lists of (name, name in the file, rows before, index or () for all) of about MAPPED_BYTES each."""
     part, size = [], 0
-    for name, entry in entries:
-        step = max(1, MAPPED_BYTES * entry.shape[0] // max(1, entry.end - entry.begin)) if entry.shape else 1
-        whole = len(entry.shape) < 2 or step >= entry.shape[0]
-        for first in [0] if whole else range(0, entry.shape[0], step):
-            part.append((name, entry.name, first, None if whole else min(first + step, entry.shape[0])))
-            size += (entry.end - entry.begin) if whole else prod(entry.shape[1:]) * step * 4
+    for each in wanted:
+        entry, (low, high) = each.entry, each.rows
+        row = -(-(entry.end - entry.begin) // (entry.shape[0] if entry.shape else 1))
+        step = high - low if len(entry.shape) < 2 else max(1, MAPPED_BYTES // max(1, row))
+        for first in range(low, high, step):
+            last = min(first + step, high)
+            index = (slice(first, last), *each.cut[1:]) if each.cut or last - first < high - low else ()
+            part.append((each.name, entry.name, first - low, index))
+            size += row * (last - first)
             if size >= MAPPED_BYTES:
                 yield part
                 part, size = [], 0

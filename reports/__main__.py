@@ -1,6 +1,7 @@
 """Build a page of results: `python -m reports --help`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +24,13 @@ class UsageError(Exception):
     """Say what is wrong with the command line."""
 
 
-def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line. argparse exits with 2 where it is wrong, as UsageError does."""
+def parser() -> argparse.ArgumentParser:
+    """Build the command line. argparse exits with 2 where it is wrong, as UsageError does."""
     wide = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    made = argparse.ArgumentParser(
         prog="python -m reports", description="Show results.", epilog=EPILOG, formatter_class=wide
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     p = commands.add_parser("build", help="build one page of results", epilog=EPILOG, formatter_class=wide)
     p.add_argument(
         "results", nargs="+", type=Path, metavar="RESULTS", help="files, or folders of .json and .jsonl files"
@@ -37,6 +38,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="write report.html there")
     p.add_argument("--markdown", action="store_true", help="write report.md there, too: for a pull request")
     p.add_argument("--png", type=Path, metavar="DIR", help="write every picture there, too: for slides")
+    p.add_argument("--dark", action="store_true", help="with --png: every picture in dark colours, too")
     p.set_defaults(run=build)
     p = commands.add_parser(
         "collect", help="verify, tune and benchmark within a time box", epilog=EPILOG, formatter_class=wide
@@ -44,18 +46,20 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     collect.configure(p)
     p = commands.add_parser("claims", help="the paper's claims beside ours", epilog=EPILOG, formatter_class=wide)
     claims.configure(p)
-    return parser.parse_args(arguments)
+    return made
 
 
 def build(args: argparse.Namespace) -> int:
     """Build the page; everything is read and drawn before the first file is written."""
+    if args.dark and not args.png:
+        raise UsageError("--dark goes with --png: the page is dark for who reads it so")
     results = load.read(args.results)
     try:
         from reports import pages
     except ImportError as error:
         raise UsageError(f"build needs {error.name}: pip install -e '.[reports]'") from error
     try:
-        written = pages.build(results, args.out, args.markdown, args.png)
+        written = pages.build(results, args.out, args.markdown, args.png, args.dark)
     except OSError as error:
         raise UsageError(f"cannot write: {error}") from error
     print(*written, sep="\n")
@@ -64,9 +68,14 @@ def build(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    args = parsed(arguments)
+    args = parser().parse_args(arguments)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read standard output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except (UsageError, collect.CollectError, load.ResultError) as error:
         print(f"reports: {error}", file=sys.stderr)
         return USAGE

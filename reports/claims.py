@@ -19,6 +19,8 @@ HEAD, CHUNK = 128, 64
 """The paper's head dimension and chunk length."""
 MLA, HYBRID, GDN = "mla", "hybrid", "gdn-hybrid"
 LONG = {"512K": 1 << 19, "1M": 1 << 20}
+OF_MANY = "step of many"
+"""The milliseconds of a step over the sequences that it takes on."""
 FORMS, OBJECTIVES = "forms of table 6", "objectives of table 7"
 """Steps of a collection that run the definition's tests."""
 PERIOD = 4
@@ -116,10 +118,19 @@ def equation_14(result: Result) -> str | None:
 
 
 def _by_context(result: Result, field: str) -> dict[str, dict[int, float]]:
+    """Return a figure of every model by context, of rows that have it: of one sequence, or OF_MANY."""
     found: dict[str, dict[int, float]] = {}
     for row in result.data["rows"]:
-        found.setdefault(row["model"], {})[row["context"]] = row[field]
+        if field == OF_MANY and _many(result):
+            found.setdefault(row["model"], {})[row["context"]] = row["step_ms"] / row["batch"]
+        elif field in row and not _many(result):
+            found.setdefault(row["model"], {})[row["context"]] = row[field]
     return found
+
+
+def _many(result: Result) -> bool:
+    """Tell whether as many sequences were decoded as a memory holds."""
+    return result.data["arguments"].get("cache_gib", "None") != "None"
 
 
 def _growth(result: Result) -> dict[str, float] | None:
@@ -154,6 +165,19 @@ def fixed_state(result: Result) -> str | None:
     return f"{growth[HYBRID] - growth[MLA] / PERIOD:g} bytes a token in KDA layers"
 
 
+def _about(result: Result) -> Iterator[str]:
+    """Yield the model and the conditions of a benchmark."""
+    asked = result.data["arguments"]
+    yield asked.get("preset", "checkpoint")
+    yield f"{asked.get('layers', 'all')} layers"
+    if asked.get("filled") == "True":
+        yield "a drawn cache"
+    if asked.get("piece", "0") != "0":
+        yield f"a piece of {asked['piece']} tokens"
+    if _many(result):
+        yield f"caches of {asked['cache_gib']} GiB together"
+
+
 def over_hybrid(other: str, field: str, asked: dict[str, int]) -> Callable[[Result], str | None]:
     """Return what says how many times longer another model takes: at the lengths asked for, else at the longest."""
 
@@ -166,8 +190,7 @@ def over_hybrid(other: str, field: str, asked: dict[str, int]) -> Callable[[Resu
         said = [f"{ratio[T]} at {name}" for name, T in asked.items() if T in ratio]
         if missing := [name for name, T in asked.items() if T not in ratio]:
             said += [f"{ratio[max(both)]} at {_tokens(max(both))}", f"{MISSING} at {' and '.join(missing)}"]
-        model = result.data["arguments"]
-        return ", ".join(said) + f" ({model.get('preset', 'checkpoint')}, {model.get('layers', 'all')} layers)"
+        return ", ".join(said) + f" ({', '.join(_about(result))})"
 
     return ours
 
@@ -231,12 +254,16 @@ CLAIMS = (
         MODEL, over_hybrid(MLA, "prefill_s", LONG),
     ),
     Claim(
+        "... of a piece of a prompt behind so many tokens", "Figure 7a", "no figure",
+        MODEL, over_hybrid(MLA, "piece_s", LONG),
+    ),
+    Claim(
         "A decoding step of MLA over Kimi Linear's, batch 1", "Figure 7b",
         "1.8 at 512K, 2.2 at 1M (section 6.3 says 2.3)", MODEL, over_hybrid(MLA, "step_ms", LONG),
     ),
     Claim(
         "... with the batches that memory allows", "Figure 1b", "4.8 at 256K, 5.7 at 512K, 6.3 at 1M",
-        MODEL, lambda result: None,
+        MODEL, over_hybrid(MLA, OF_MANY, {"256K": 1 << 18} | LONG),
     ),
     Claim(
         "A decoding step of the GDN hybrid over Kimi Linear's", "Figures 1b, 7b", "about 1",
@@ -274,22 +301,22 @@ CLAIMS = (
 
 
 def rows(results: list[Result]) -> list[Row]:
-    """Return a row for every claim and device that says something of it, by its newest result; else one without."""
+    """Return a row for every claim and device that says something of it, else one without.
+
+    Of a device's results the newest counts, among those that were measured where the paper was, where there are any.
+    """
     return [row for claim in CLAIMS for row in _rows(claim, results)]
 
 
 def _rows(claim: Claim, results: list[Result]) -> Iterator[Row]:
     about = claim.text, claim.place, claim.paper
-    newest: dict[str, tuple[str, Row]] = {}
+    found: dict[str, list[tuple[bool, str, Row]]] = {}
     for result in results:
-        if result.kind != claim.kind or (ours := claim.ours(result)) is None:
-            continue
-        origin = result.origin
-        date = origin.date or ""
-        if date >= newest.get(origin.device, ("", None))[0]:
-            source = f"{origin.file}, {date[:10] or 'date not recorded'}"
-            newest[origin.device] = date, Row(*about, ours, origin.device, source)
-    yield from (row for _, row in newest.values()) if newest else (Row(*about),)
+        if result.kind == claim.kind and (ours := claim.ours(result)) is not None:
+            origin, date = result.origin, result.origin.date or ""
+            row = Row(*about, ours, origin.device, f"{origin.file}, {date[:10] or 'date not recorded'}")
+            found.setdefault(origin.device, []).append((MISSING not in ours, date, row))
+    yield from (max(rows, key=lambda x: x[:2])[2] for rows in found.values()) if found else (Row(*about),)
 
 
 def configure(p: argparse.ArgumentParser) -> None:

@@ -1,130 +1,40 @@
 """Run what writes results, one command after another, within a time box; the same command goes on where it stopped.
 
 Layers are crossed by process: nothing of the commands is imported. A collection is a folder of one device, day and
-state of the sources, `collected.json` in it says what was run; what is cut off or failed is run again by the next call,
-with a larger share of its time.
+state of the sources, `collected.json` in it says what was run; what is cut off or failed, and what no time was left
+for, is run by the next call.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import filelock
 
-from reports import load
-from reports.claims import FORMS, OBJECTIVES
+from reports import load, shares
+from reports.processes import GRACE, ROOT, ended
+from reports.steps import CPU, CUDA, Step
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kda_spec", "impls", "verify", "autotune", "kimi_linear")
 DONE, USAGE, FAILED, UNFINISHED, INTERRUPTED = 0, 2, 1, 7, 130
 STATE = "collected.json"
-GRACE = 30.0
-"""Seconds between asking a command to stop and ending it."""
 TAIL = 600
 """Characters of what a failed command printed last that are kept."""
-RACE = 90.0
-"""Seconds of the tuner's race and of its judge, which come when its search is over."""
-COMPILING = 40.0
-"""Seconds that the yardstick compiles before its clock runs, and of the call that overruns it."""
-LEAST = 1.0
-"""Seconds below which no command is begun."""
+RESERVE = 0.05
+"""Share of the box, at most the grace of a step, that is kept for ending what does not end by itself."""
 
 
 class CollectError(Exception):
     """Say what is wrong with the command line or the machine."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command: arguments with {folder}, {device} and {minutes}, and what it writes."""
-
-    name: str
-    command: tuple[str, ...]
-    """Behind `python -m`."""
-    weight: float
-    """Of its share of the time that is left."""
-    writes: str
-    """A pattern of the files in the folder."""
-    done: tuple[int, ...] = (0,)
-    """Exit codes with which it has said what it had to say: a failed property is a result, too."""
-    after: float = 0.0
-    """Seconds that it takes behind the minutes it is told."""
-    resumes: bool = False
-    """Whether it goes on with its own files; those of the others are removed before they are run again."""
-
-    @property
-    def clocked(self) -> bool:
-        """Tell whether it fills the minutes it is told; what ends by itself may take half of all that is left."""
-        return "{minutes}" in self.command
-
-
-_TUNED = ("--out", "{folder}/tuned", "--minutes", "{minutes}", "--record")
-_TUNE = ("autotune", "tune", "--device", "{device}", "--op")
-_BENCH = ("autotune", "bench", "--device", "{device}", "--minutes", "{minutes}", "--out", "{folder}/bench.json")
-_MODEL = ("--preset", "tiny", "--layers", "8", "--baseline", "hybrid,mla,gdn-hybrid", "--json", "{folder}/model.json")
-_JUDGED = (0, 1, 5)
-_TABLE = "{folder}/trials-"
-_YARDSTICK = ("autotune", "yardstick", "--device", "{device}", "--minutes", "{minutes}")
-
-
-def _tuned(op: str) -> Step:
-    return Step(
-        f"tune {op}", (*_TUNE, op, *_TUNED, f"{_TABLE}{op}.json"), 3, f"trials-{op}.json", (0, 1), RACE, resumes=True
-    )
-
-
-_TESTS = ("pytest", "-q", "-m", "")
-
-
-def _tested(name: str, file: str) -> Step:
-    return Step(name, (*_TESTS, f"tests/kda_spec/{file}"), 0.5, f"{name.replace(' ', '-')}.log", (0, 1))
-
-
-CPU = (
-    Step("verify", ("verify", "--json", "{folder}/verify.jsonl"), 3, "verify.jsonl", _JUDGED),
-    Step("model verify", ("verify", "kimi_linear", "--json", "{folder}/model.jsonl"), 2, "model.jsonl", _JUDGED),
-    Step("self-test", ("verify", "--self-test", "--json", "{folder}/self-test.jsonl"), 4, "self-test.jsonl", (0, 1, 4)),
-    _tested(FORMS, "test_spec_forms.py"),
-    _tested(OBJECTIVES, "test_spec_family.py"),
-    _tuned("chunk_torch"),
-    _tuned("recurrent_torch"),
-    Step("bench", (*_BENCH, "--cases", "small-*,t1024-*"), 2, "bench.json", (0, 1), resumes=True),
-    Step("yardstick", (*_YARDSTICK, "--out", "{folder}/yardstick.json"), 2, "yardstick.json", after=COMPILING),
-    Step("model", ("kimi_linear", "bench", "--device", "{device}", "--context", "1024,4096", *_MODEL), 1, "model.json"),
-    Step(
-        "benchmarks",
-        ("pytest", "tests/benchmarks/test_bench_cpu.py", "-m", "", "--benchmark-enable", "--results", "{folder}"),
-        3, "cpu-*.json", (0, 1),
-    ),
-)  # fmt: skip
-CUDA = (
-    Step("verify", ("verify", "--device", "{device}", "--json", "{folder}/verify.jsonl"), 3, "verify.jsonl", _JUDGED),
-    _tuned("chunk_triton"),
-    _tuned("recurrent_triton"),
-    Step("bench", _BENCH, 4, "bench.json", (0, 1), resumes=True),
-    Step(
-        "yardstick",
-        (*_YARDSTICK, "--heads", "64", "--out", "{folder}/yardstick.json"),
-        2,
-        "yardstick.json",
-        after=COMPILING,
-    ),
-    Step(
-        "model", ("kimi_linear", "bench", "--device", "{device}", "--context", "4096,65536", *_MODEL), 1, "model.json"
-    ),
-)
 
 
 def configure(p: argparse.ArgumentParser) -> None:
@@ -209,38 +119,53 @@ class Collection:
 
     def left(self) -> list[Step]:
         """Return the steps that are not done."""
-        done = {name for name, step in self.state["steps"].items() if step["outcome"] == "done"}
-        return [step for step in self.steps if step.name not in done]
+        return [step for step in self.steps if not self._is_done(step)]
+
+    def _is_done(self, step: Step) -> bool:
+        return self.state["steps"].get(step.name, {}).get("outcome") == "done"
 
     def collect(self, seconds: float) -> int:
         """Run the steps that are left, each in its share of the time; returns the exit code."""
-        end, waiting = time.monotonic() + seconds, self.left()
+        end, waiting = time.monotonic() + seconds - min(GRACE, RESERVE * seconds), self.left()
         self._write()
         self.say(f"{self.folder}: {len(self.steps) - len(waiting)} of {len(self.steps)} steps done")
-        while waiting:
-            step, left = waiting[0], end - time.monotonic()
-            share = left * max(step.weight / sum(x.weight for x in waiting), 0.0 if step.clocked else 0.5)
-            if share < LEAST:
-                break
-            waiting.pop(0)
-            try:
-                self._run(step, share)
-            except KeyboardInterrupt:
-                self.say(f"{step.name}: interrupted")
-                return INTERRUPTED
+        try:
+            if waiting and not self._pass(waiting, end):
+                self._run(waiting[0], max(0.0, end - time.monotonic()))
+        except KeyboardInterrupt:
+            self.say("interrupted")
+            return INTERRUPTED
         left = [step.name for step in self.left()]
         if left:
             self.say(f"not done: {', '.join(left)}; the same command goes on")
         failed = any(step["outcome"] == "failed" for step in self.state["steps"].values())
         return FAILED if failed else UNFINISHED if left else DONE
 
+    def _pass(self, steps: Sequence[Step], end: float) -> int:
+        """Run each of the steps that the time allows; returns their number."""
+        count = 0
+        for i, step in enumerate(steps):
+            slow, left = self.pace(), end - time.monotonic()
+            needs = {x: shares.need(x, slow, self.state["steps"].get(x.name)) for x in steps[i:]}
+            if (own := shares.share(needs, left)) is None:
+                self.say(f"{step.name}: not begun, takes about {needs[step]:.0f} s and {max(0.0, left):.0f} s are left")
+            else:
+                self._run(step, own)
+                count += 1
+        return count
+
+    def pace(self) -> float:
+        """Return how many times slower than two quiet cores this machine was so far, or is by its load."""
+        done = [step for step in self.steps if self._is_done(step)]
+        return shares.pace(done, self.state["steps"], os.getloadavg()[0] / os.cpu_count())
+
     def _run(self, step: Step, seconds: float) -> None:
         """Run one step and write down what became of it."""
         if not step.resumes:
             for path in self.folder.glob(step.writes):
                 path.unlink()
-        minutes = max(0.9 * seconds - step.after, 0.1 * seconds) / 60
-        fields = {"folder": self.folder, "device": self.about["device"], "minutes": f"{minutes:.2f}"}
+        minutes = shares.told(step, seconds, self.pace())
+        fields = {"folder": self._place(), "device": self.about["device"], "minutes": f"{minutes:.2f}"}
         command = ["python", "-m", *(part.format(**fields) for part in step.command)]
         self.say(f"{step.name}: at most {seconds:.0f} s")
         begun, log = time.monotonic(), self.folder / f"{step.name.replace(' ', '-')}.log"
@@ -248,94 +173,32 @@ class Collection:
         try:
             code = ended([sys.executable, *command[1:]], log, seconds, step.done)
         finally:
-            outcome = (
-                "done" if code in step.done else "cut off" if code in (None, UNFINISHED, INTERRUPTED) else "failed"
-            )
-            found = {"command": self._short(command), "outcome": outcome, "code": code}
-            found |= {"seconds": round(time.monotonic() - begun, 1)}
-            found["files"] = sorted(path.name for path in self.folder.glob(step.writes))
-            if outcome == "failed":
+            files = sorted(path.name for path in self.folder.glob(step.writes))
+            found = {"command": self._short(command), "outcome": self._outcome(step, code, files), "code": code}
+            found |= {"seconds": round(time.monotonic() - begun, 1), "files": files}
+            if found["outcome"] == "failed":
                 found["tail"] = log.read_text(errors="replace")[-TAIL:]
             self.state["steps"] = {k: v for k, v in self.state["steps"].items() if k != step.name} | {step.name: found}
             self._write()
-        self.say(
-            f"{step.name}: {outcome} after {found['seconds']:.0f} s" + (f", see {log}" if outcome == "failed" else "")
-        )
+        see = f", see {log}" if found["outcome"] == "failed" else ""
+        self.say(f"{step.name}: {found['outcome']} after {found['seconds']:.0f} s{see}")
+
+    def _outcome(self, step: Step, code: int | None, files: Sequence[str]) -> str:
+        """Tell what became of a step; a program that does not even load ends with 1, too, but writes nothing."""
+        if code in step.done and files:
+            return "done"
+        return "cut off" if code in (None, UNFINISHED, INTERRUPTED) else "failed"
 
     def _short(self, command: list[str]) -> list[str]:
         """Return a command without the folder of this machine."""
-        return [part.replace(str(self.folder), "FOLDER") for part in command]
+        return [part.replace(str(self._place()), "FOLDER") for part in command]
+
+    def _place(self) -> Path:
+        """Return the folder as commands are told it, who write it down: seen from where they run, if it is below."""
+        return self.folder.relative_to(ROOT) if self.folder.is_relative_to(ROOT) else self.folder
 
     def _write(self) -> None:
         self.state["updated"] = _now()
         path = self.folder / f".{STATE}"
         path.write_text(json.dumps(self.state, indent=1) + "\n")
         os.replace(path, self.folder / STATE)
-
-
-def ended(command: list[str], log: Path, seconds: float, done: Sequence[int] = ()) -> int | None:
-    """Run a command with all it starts, its output in a file; returns its exit code.
-
-    Where the time ended it that is None, unless it was done at that moment, with one of these codes.
-    """
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            _stop(process)
-            return process.returncode if process.returncode in done else None
-        finally:
-            _stop(process)
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """Ask a process to stop, as Ctrl-C does, and end what of it and of all it started is left."""
-    started = descendants(process.pid) if process.poll() is None else []
-    try:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(GRACE)
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        pass
-    for number, begun in [(process.pid, None), *started]:
-        if begun is None or _begun(number) == begun:
-            _end(number, os.killpg if begun is None else os.kill)
-    process.wait()
-
-
-def _end(number: int, kill: Callable[[int, int], None]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        kill(number, signal.SIGKILL)
-
-
-def descendants(root: int) -> list[tuple[int, str]]:
-    """Return the processes that a process has started, sessions of their own among them, each with when it began.
-
-    Without /proc there are none: its group is ended then.
-    """
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        if (fields := _stat(path)) is not None:
-            children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    found, waiting = [], [root]
-    while waiting:
-        for child in children.get(waiting.pop(), []):
-            waiting.append(child)
-            found.append((child, _begun(child) or ""))
-    return found
-
-
-def _stat(path: Path) -> list[str] | None:
-    """Return the fields of /proc/N/stat behind the name; None of a process that is gone."""
-    try:
-        return path.read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
-def _begun(number: int) -> str | None:
-    """Return when a process began: a number that is used again is another process."""
-    fields = _stat(Path(f"/proc/{number}/stat"))
-    return fields[19] if fields else None

@@ -7,7 +7,11 @@ from reports import style
 from reports.figure import Figure, Table, short
 from reports.load import Result
 
-COLUMNS = {"prefill_s": ("prefill", "seconds"), "step_ms": ("a step", "ms"), "cache_bytes": ("cache", "MiB")}
+COLUMNS = {
+    "prefill_s": ("prefill", "seconds"), "piece_s": ("a piece", "seconds"), "step_ms": ("a step", "ms"),
+    "cache_bytes": ("cache of one", "MiB"),
+}  # fmt: skip
+"""Figures of a row, of which a benchmark has some: what they are, and their units."""
 
 
 def figures(results: list[Result]) -> list[Figure]:
@@ -27,37 +31,34 @@ def over_context(result: Result) -> Figure | None:
     if not rows:
         return None
     names = list(dict.fromkeys(row["model"] for row in rows))
+    fields = {field: of for field, of in COLUMNS.items() if any(field in row for row in rows)}
     with style.drawing():
-        page, panels = style.new(6.1, nrows=len(COLUMNS), sharex=True)
-        for axes, (field, (title, unit)) in zip(panels, COLUMNS.items(), strict=True):
+        page, panels = style.new(0.1 + 2 * len(fields), nrows=len(fields), sharex=True)
+        for axes, (field, (title, unit)) in zip(panels, fields.items(), strict=True):
             for i, name in enumerate(names):
-                at = sorted(
-                    (x["context"], x[field] / (1 << 20 if field == "cache_bytes" else 1))
-                    for x in rows
-                    if x["model"] == name
-                )
-                axes.plot(
-                    [x for x, _ in at], [y for _, y in at], "osD^"[i % 4] + "-", color=style.SERIES[i % 7], label=name
-                )
+                at = sorted((x["context"], _shown(x, field)) for x in rows if x["model"] == name)
+                looks = {"color": style.SERIES[i % 7], "label": name}
+                axes.plot([x for x, _ in at], [y for _, y in at], "osD^"[i % 4] + "-", **looks)
             style.logarithmic(axes, y=True)
             axes.set(ylabel=f"{title}, {unit}")
         panels[-1].set_xlabel("tokens of context")
         style.legend(page, panels[0], 3)
     asked = result.data["arguments"]
-    title = f"Model over context: {asked.get('preset', 'a checkpoint')}, {asked.get('layers') or 'all'} layers"
-    alt = f"{title}: prefill, a decoding step and the cache of {', '.join(names)}. {_longest(rows, names)}"
+    drawn = ", drawn caches" if asked.get("filled") == "True" else ""
+    title = f"Model over context: {asked.get('preset', 'a checkpoint')}, {asked.get('layers') or 'all'} layers{drawn}"
+    measured = ", ".join(title for title, _ in fields.values())
+    alt = f"{title}: {measured} of {', '.join(names)}. {_longest(rows, names)}"
     cells = [
-        (
-            x["model"],
-            f"{x['context']:,}",
-            short(x["prefill_s"]),
-            short(x["step_ms"]),
-            short(x["cache_bytes"] / (1 << 20)),
-        )
+        (x["model"], f"{x['context']:,}", x.get("batch", 1), *(short(_shown(x, field)) for field in fields))
         for x in rows
     ]
-    columns = ("model", "context", "prefill s", "step ms", "cache MiB")
+    columns = ("model", "context", "sequences", *(f"{title}, {unit}" for title, unit in fields.values()))
     return Figure("model", title, alt, Table.of(columns, cells), result.origin, page)
+
+
+def _shown(row: dict, field: str) -> float:
+    """Return a figure in the unit that it is drawn in."""
+    return row[field] / (1 << 20 if field == "cache_bytes" else 1)
 
 
 def _longest(rows: Sequence[dict], names: Sequence[str]) -> str:

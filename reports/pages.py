@@ -17,16 +17,23 @@ COMMENT = 64_000
 """Characters of the Markdown: GitHub takes comments of 65,536. The longest tables are left to the page."""
 
 
-def build(results: list[Result], out: Path, markdown: bool = False, png: Path | None = None) -> list[Path]:
-    """Write the page to a folder, and what else is asked for; returns the files. Raises OSError."""
+def build(
+    results: list[Result], out: Path, markdown: bool = False, png: Path | None = None, dark: bool = False
+) -> list[Path]:
+    """Write the page to a folder, and what else is asked for; returns the files. Raises OSError.
+
+    dark: every picture once more in the dark theme's colours.
+    """
     found, now = sections(results), datetime.now(UTC).isoformat(timespec="minutes")
     texts: dict[Path, bytes] = {out / PAGE: html(results, found, now).encode()}
     if markdown:
         texts[out / SUMMARY] = summary(results, found, now).encode()
     if png:
+        themes = {"": style.LIGHT} | ({"-dark": style.DARK} if dark else {})
         texts |= {
-            png / f"{figure.name}.png": style.png(figure.drawing, figure.title, str(figure.origin))
+            png / f"{figure.name}{suffix}.png": style.png(figure.drawing, figure.title, str(figure.origin), theme)
             for figure in pictures(found)
+            for suffix, theme in themes.items()
         }
     for path, content in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)

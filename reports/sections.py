@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import astuple
 
-from reports import claims, counting, models, timing, tuning, verification
+from reports import claims, counting, models, synthetic, timing, tuning, verification
 from reports.figure import Figure, Section, Table
 from reports.load import Result
 
@@ -38,6 +38,12 @@ SECTIONS = (
         "model", "The model",
         "Random weights: what a model of these sizes costs, not what it knows.",
         "python -m kimi_linear bench --json FILE", models.figures,
+    ),
+    (
+        "synthetic", "Training: the paper's synthetic tasks",
+        "Toys of two layers trained from scratch with the ops of this project, forward and backward: the smallest real "
+        "training run. Sizes, not the paper's, stand in every title; every line is a seed.",
+        "python -m kimi_linear.synthetic suite --json FILE", synthetic.figures,
     ),
     (
         "compile", "The compiler",

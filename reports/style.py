@@ -1,11 +1,12 @@
 """Colours and type of every figure: drawn in the light colours, shown in those of the reader's theme.
 
 A figure is drawn once. In its SVG each colour of the light theme becomes a CSS variable, so that the page, which
-defines the variables for light and dark, decides; a PNG stays light.
+defines the variables for light and dark, decides; a PNG is of one theme.
 """
 
 import io
 import math
+import pickle
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,10 @@ from contextlib import contextmanager
 from functools import partial
 
 import matplotlib
+from matplotlib.colors import to_hex, to_rgba_array
 from matplotlib.figure import Figure as Drawing
 from matplotlib.image import imread
+from PIL import Image
 
 INK, MUTED, GRID, SURFACE = "ink", "muted", "grid", "surface"
 LIGHT = {
@@ -164,25 +167,50 @@ def svg(page: Drawing, name: str) -> str:
     return re.sub(r"#[0-9a-f]{6}\b", lambda x: f"var(--{names[x[0]]})" if x[0] in names else x[0], text)
 
 
-def png(page: Drawing, title: str, origin: str) -> bytes:
-    """Return a drawing as a PNG on the light surface, which says by itself what it shows and where that comes from."""
+def png(page: Drawing, title: str, origin: str, theme: dict[str, str] = LIGHT) -> bytes:
+    """Return a drawing as a PNG in the colours of a theme, which says by itself what it shows and where from."""
     with matplotlib.rc_context(_RC):
-        picture = imread(io.BytesIO(_printed(page)))
+        picture = imread(io.BytesIO(_printed(recoloured(page, theme), theme)))
         width, height = picture.shape[1] / DPI, picture.shape[0] / DPI
         above, below = (textwrap.fill(text, int(letters * width)) for text, letters in ((title, 11), (origin, 17)))
         top, bottom = (0.12 + size * (text.count("\n") + 1) for text, size in ((above, 0.19), (below, 0.12)))
         slide = Drawing(figsize=(width, top + height + bottom))
         slide.figimage(picture, 0, round(bottom * DPI))
         place = {"ha": "center", "va": "center"}
-        slide.text(0.5, 1 - top / 2 / (top + height + bottom), above, fontsize=10, fontweight="bold", **place)
-        slide.text(0.5, bottom / 2 / (top + height + bottom), below, fontsize=6, color=LIGHT[MUTED], **place)
-        return _printed(slide)
+        whole = top + height + bottom
+        slide.text(0.5, 1 - top / 2 / whole, above, fontsize=10, fontweight="bold", color=theme[INK], **place)
+        slide.text(0.5, bottom / 2 / whole, below, fontsize=6, color=theme[MUTED], **place)
+        return _small(_printed(slide, theme))
 
 
-def _printed(page: Drawing) -> bytes:
+def recoloured(page: Drawing, theme: dict[str, str]) -> Drawing:
+    """Return a copy of a drawing in the colours of another theme; what is in none of the light ones stays."""
+    if theme is LIGHT:
+        return page
+    copy, named = pickle.loads(pickle.dumps(page)), {colour: theme[name] for name, colour in LIGHT.items()}
+    for artist in copy.findobj():
+        for of in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+            get, put = (getattr(artist, f"{verb}_{of}", None) for verb in ("get", "set"))
+            if get and put and len(rows := to_rgba_array(get())):
+                now = [to_hex(row) for row in rows]
+                if any(colour in named for colour in now):
+                    new = [(*to_rgba_array(named.get(x, x))[0, :3], row[3]) for x, row in zip(now, rows, strict=True)]
+                    put(new if len(new) > 1 else new[0])
+    return copy
+
+
+def _printed(page: Drawing, theme: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
-    page.savefig(buffer, format="png", dpi=DPI, facecolor=LIGHT[SURFACE], metadata={"Software": None})
+    page.savefig(buffer, format="png", dpi=DPI, facecolor=theme[SURFACE], metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _small(picture: bytes) -> bytes:
+    """Return a PNG with a palette: few colours and their shades, a third of the bytes."""
+    small = io.BytesIO()
+    whole = Image.open(io.BytesIO(picture)).convert("RGB")
+    whole.quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def variables(theme: dict[str, str]) -> str:

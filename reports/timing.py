@@ -21,6 +21,8 @@ def figures(results: list[Result]) -> list[Figure]:
         found += [replace(x, name=f"{x.name}-{i}") for x in drawn if x]
     for i, result in enumerate((x for x in results if x.kind == "cpu prefill and decode"), 1):
         found += [replace(x, name=f"{x.name}-{i}") for x in (cpu_ratios(result),) if x]
+    for i, result in enumerate((x for x in results if x.kind == "benchmarks"), 1):
+        found += [replace(x, name=f"{x.name}-{i}") for x in (benchmarked(result),) if x]
     return found
 
 
@@ -216,3 +218,36 @@ def cpu_ratios(result: Result) -> Figure | None:
     return Figure(
         "cpu", title, alt, Table.of(("case", "who", "ms, or as named", "time / ours"), rows), result.origin, page
     )
+
+
+def benchmarked(result: Result) -> Figure | None:
+    """Draw how many times quicker ours is than what was timed beside every benchmark."""
+    rows = result.data["rows"]
+    shown = [row for row in rows if row["peers"] and not row["rate"]]  # a rate is held against work of another kind
+    if not rows:
+        return None
+    title, page = "Benchmarks: how many times quicker ours is than its first peer", None
+    if shown:
+        with style.drawing():
+            page, axes = style.new(0.7 + 0.25 * len(shown))
+            ratios = [row["peers"][0]["ratio"] for row in shown]
+            ys = range(len(shown))
+            axes.hlines(ys, [x["low"] for x in ratios], [x["high"] for x in ratios], color=style.SERIES[0])
+            axes.plot([x["median"] for x in ratios], ys, "o", color=style.SERIES[0])
+            axes.axvline(1, color=style.LIGHT[style.INK], linewidth=1)
+            style.logarithmic(axes)
+            axes.set(xlabel="peer's time / ours")
+            style.name_rows(axes, [row["name"] for row in shown])
+    said = ", ".join(f"{x['name']}: {short(x['peers'][0]['ratio']['median'])}" for x in shown)
+    alt = f"{title}; {plural(len(rows), 'benchmark')}. {said or 'None has a peer.'}"
+    cells = [cell for row in rows for cell in _beside(row)]
+    columns = ("benchmark", "ours", "peer", "theirs", "ratio")
+    return Figure("benchmarks", title, alt, Table.of(columns, cells), result.origin, page)
+
+
+def _beside(row: dict):
+    ours = f"{times(row['ours'])} {row['unit']}"
+    if not row["peers"]:
+        yield row["name"], ours, "", "", ""
+    for peer in row["peers"]:
+        yield row["name"], ours, peer["name"], times(peer["theirs"]), times(peer["ratio"])

@@ -4,9 +4,11 @@ the machine's user has tuned is not found."""
 
 import importlib
 import importlib.util
+import json
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -25,6 +27,21 @@ if importlib.util.find_spec("torch"):
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
+
+
+@pytest.fixture(scope="session")
+def differently_tuned(tmp_path_factory) -> Path:
+    """Return a folder with those of the tuned configurations of two ranks, 0 and 1, which differ."""
+    from impls import tuned
+
+    folder = tmp_path_factory.mktemp("ranks")
+    for rank, T in enumerate((4096, 8192)):
+        data = json.loads((tuned.PACKAGED / tuned.GENERIC / "chunk_torch.json").read_text())
+        data["entries"][0]["shape"]["T"] = T
+        path = tuned.path_of(folder / str(rank), "chunk_torch", tuned.GENERIC)
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(data))
+    return folder
 
 
 @pytest.fixture(scope="module")

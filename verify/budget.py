@@ -11,6 +11,8 @@ from verify.plan import PROFILES, Demands
 
 CHUNK = 16
 """Tokens of a chunk where the call names no chunk length."""
+BACKWARD = 3
+"""Work of a call with gradients, in forward calls: measured on chunk_triton in the interpreter, 144 ms against 44."""
 TILE = 64
 """Value channels that one program of an interpreted kernel computes."""
 

@@ -1,27 +1,45 @@
-"""Measure what right implementations reach in every gate, and write limits.json: `python -m verify.calibrate --examples
-2000`.
+"""Measure what right implementations reach in every gate, and write limits.json: `python -m verify calibrate`.
 
 A limit is 1.5 times the largest ratio seen, never below the starting values of the design (row 3, overall 2, twice that
-for pairs), and kept with how it was obtained. Raising one by hand is a change to review, with its reason beside it.
+for pairs), and kept with the distribution that it was the end of and how that was obtained. Raising one by hand is a
+change to review, with its reason beside it.
+
+Recipes are judged in blocks, each a line of --store as it ends: who is killed goes on with the same command. Nothing is
+written to limits.json before all are there, and with --dry-run not even then.
 """
 
 import argparse
 import json
 import math
-import sys
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from pathlib import Path
 
-from verify import records, runner, yardstick
+from rich.console import Console
+
+from impls.contracts import PrecisionContract
+from verify import records, runner, sources, yardstick
+from verify.choice import UsageError, meant, own
 from verify.families import materialise
 from verify.limits import FILE, START, Limits
 from verify.plan import PROFILES, Plan
 from verify.recipes import DTYPES, drawn, from_json, recipes, words
-from verify.targets import Target, default_contract, resolve
+from verify.resolve import resolve
+from verify.targets import Target, default_contract
 from verify.trial import Trial
 
 MARGIN = 1.5
 SIMULATORS, OTHER_CHUNKS = "simulators", (8, 32)
+OPERANDS = {f"{a}>{b}": (a, b) for a, b in (("bfloat16",) * 2, ("float16",) * 2, ("tf32", "float32"))}
+"""Operand and input dtype of kernels for which the simulators stand: no implementation here is taken to be right."""
+BLOCK = 50
+"""Recipes of a block."""
+OCTAVE = 8
+"""Bins of a distribution in a factor of 2."""
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+RIGHT = ("recurrent_torch", "chunk_torch")
 SHARPEST = replace(START, rounded=2.0, rounded_overall=1.5)
 """No limit is set below these, for cases that a calibration did not meet. Rounded tensors err by that one rounding, at
 most about 1 of these units, and in bfloat16 an output that is 1% off reaches only 3.3: a limit of 3 would pass most
@@ -29,102 +47,181 @@ of that.
 """
 
 
-def main() -> int:
-    """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m verify.calibrate", description=__doc__)
-    parser.add_argument("targets", nargs="*", help="implementations that are taken to be right, next to the simulators")
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES, help="rows to measure; others are kept")
-    parser.add_argument("--examples", type=int, default=2000, help="recipes per target and dtype")
-    parser.add_argument("--seed", type=int, default=1, help="which recipes are drawn")
-    args = parser.parse_args()
-    targets = [*args.targets, SIMULATORS]
-    jobs = [(target, dtype, args.examples, args.seed) for target in targets for dtype in args.dtype]
-    with ProcessPoolExecutor(2) as pool:
-        found = list(pool.map(_worst, jobs))
-    FILE.write_text(json.dumps(_document(args, found), indent=2) + "\n")
+def main(argv: list[str], console: Console) -> int:
+    """Run the command; returns 0. Raises UsageError."""
+    args = _parser().parse_args(argv)
+    for name in args.targets:
+        if not own(name):
+            raise UsageError(f"unknown implementation {name}{meant(name, RIGHT)}; expected some of {', '.join(RIGHT)}")
+    header = {"kind": "calibration", "version": 1, "seed": args.seed, "sources": sources.digest()}
+    header["versions"] = records.versions()
+    done = _stored(args.store, header)
+    jobs = [job for job in _jobs(args) if _name(job) not in {block["job"] for block in done}]
+    console.print(f"{len(done)} blocks of {BLOCK} recipes done, {len(jobs)} to do", soft_wrap=True)
+    with args.store.open("w") as stream, ProcessPoolExecutor(args.workers) as pool:
+        stream.writelines(json.dumps(x) + "\n" for x in (header, *done))
+        stream.flush()
+        pending = {pool.submit(_block, job): job for job in jobs}
+        try:
+            for i, future in enumerate(as_completed(pending), 1):
+                block = {"job": _name(pending[future]), "kinds": future.result()}
+                done.append(block)
+                stream.write(json.dumps(block) + "\n")
+                stream.flush()
+                if i % 20 == 0 or i == len(jobs):
+                    console.print(f"{i} of {len(jobs)} blocks: {block['job']}", soft_wrap=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if not args.dry_run:
+        FILE.write_text(json.dumps(_document(args, [block["kinds"] for block in done]), indent=2) + "\n")
+        console.print(f"{FILE} written", soft_wrap=True)
     return 0
 
 
-def _simulators(dtype: str, examples: int, seed: int) -> dict[str, dict[str, dict]]:
-    """Do the same for kernels with operands in the input dtype: the simulators at chunk lengths that Y does not use."""
-    contract, worst = default_contract(dtype), {}
-    strategy = recipes((dtype,), tokens=PROFILES["quick"].tokens, work=PROFILES["quick"].work)
-    for number in range(examples):
-        recipe = drawn(strategy, seed * 1_000_003 + number)
-        case = materialise(recipe)
-        yard, gates = (
-            yardstick.measure(case, contract, False),
-            worst.setdefault(f"{dtype}>{dtype} {recipe.conditioning}", {}),
-        )
-        gates.setdefault("cases", {"observed": 0})["observed"] += 1
-        trial = Trial(Target(SIMULATORS, print, default_contract, (dtype,)), recipe)
-        for C in OTHER_CHUNKS:
-            for m in trial.judge(yardstick.simulate(case, contract, C), yard.exact, yard):
-                if gates.get(m.gate, {"observed": -1.0})["observed"] < m.observed < math.inf:
-                    gates[m.gate] = {
-                        "observed": m.observed,
-                        "what": f"C={C} {m.what}",
-                        "target": SIMULATORS,
-                        "recipe": words(recipe),
-                    }
-    return worst
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m verify calibrate", description=__doc__.splitlines()[0])
+    parser.add_argument("targets", nargs="*", help=f"implementations taken to be right (default {' '.join(RIGHT)})")
+    kinds = (*DTYPES, *OPERANDS)
+    only = f"only these: dtypes of the targets, operands>inputs of simulators; others are kept ({', '.join(kinds)})"
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, metavar="KIND", help=only)
+    parser.add_argument("--examples", type=int, default=10_000, metavar="N", help="recipes a contract (10000)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="which recipes are drawn (1)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (2)")
+    store = "what is measured goes there, and is gone on with (default verify-calibration.jsonl)"
+    parser.add_argument("--store", type=Path, default=Path("verify-calibration.jsonl"), metavar="FILE", help=store)
+    parser.add_argument("--dry-run", action="store_true", help="measure, and leave limits.json as it is")
+    return parser
 
 
-def _worst(job: tuple[str, str, int, int]) -> dict[str, dict[str, dict]]:
-    """Return, by contract class and gate, the largest ratio to the yardstick and where it was met."""
+def _stored(path: Path, header: dict) -> list[dict]:
+    """Return the blocks that are done. Raises UsageError where they are of another calibration."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text().split("\n")
+    found = [json.loads(line) for line in lines]
+    if found and found[0] != header:
+        unlike = ", ".join(name for name in header if found[0].get(name) != header[name])
+        raise UsageError(f"--store {path} holds another calibration (other {unlike}): name another file")
+    return found[1:]
+
+
+def _jobs(args: argparse.Namespace) -> list[tuple]:
+    """List (target, operand, dtype, block, blocks, seed); the targets share the recipes of a dtype between them."""
+    targets, blocks = args.targets or list(RIGHT), -(-args.examples // BLOCK)
+    dtypes = [dtype for dtype in DTYPES if dtype in args.only]
+    jobs = [(targets[b % len(targets)], "", dtype, b, blocks, args.seed) for b in range(blocks) for dtype in dtypes]
+    pairs = [pair for kind, pair in OPERANDS.items() if kind in args.only]
+    return jobs + [(SIMULATORS, *pair, b, blocks, args.seed) for b in range(blocks) for pair in pairs]
+
+
+def _name(job: tuple) -> str:
+    return " ".join(map(str, job))
+
+
+def _block(job: tuple) -> dict[str, dict]:
+    """Judge a block; returns, by contract and conditioning, the number of cases and what every gate met in them."""
     import torch
 
     torch.set_num_threads(1)
-    target, dtype, examples, seed = job
-    if target == SIMULATORS:
-        return _simulators(dtype, examples, seed) if dtype in ("bfloat16", "float16") else {}
-    plan = Plan(
-        target=target, device="cpu", profile="quick", dtypes=(dtype,), seed=seed, examples=examples, kills=examples
-    )
-    contract = resolve(target, "cpu").contract(dtype)
-    worst: dict[str, dict[str, dict]] = {}
+    target, operand, dtype, block, blocks, seed = job
+    simulated = target == SIMULATORS
+    met = _simulated(operand, dtype, block, seed) if simulated else _judged(target, dtype, block, blocks, seed)
+    kinds: dict[str, dict] = {}
+    for kind, gates, recipe in met:
+        found = kinds.setdefault(kind, {"cases": 0, "gates": {}})
+        found["cases"] += 1
+        for name, result in gates.items():
+            gate = found["gates"].setdefault(name, {"bins": Counter(), "largest": {"observed": -1.0}})
+            gate["bins"][_bin(result["observed"])] += 1
+            if result["observed"] > gate["largest"]["observed"]:
+                gate["largest"] = {**result, "target": target, "recipe": words(recipe)}
+    return kinds
+
+
+def _bin(x: float) -> int:
+    """Return the bin of a ratio: 8 in an octave, all below 2^-12 in one."""
+    return math.floor(OCTAVE * math.log2(max(x, 2.0**-12)))
+
+
+def _judged(target: str, dtype: str, block: int, blocks: int, seed: int) -> list[tuple]:
+    """Judge an implementation on the recipes of a block, by all properties."""
+    contract, met = resolve(target, "cpu").contract(dtype), []
+    examples, common = BLOCK * blocks, {"seed": seed, "kills": BLOCK + 1}
+    plan = Plan(target, "cpu", "quick", (dtype,), examples=examples, shard=(block, blocks), **common)
 
     def listen(kind: str, **record) -> None:
-        if kind != "case":
-            return
-        recipe = from_json(record["recipe"])
-        gates = worst.setdefault(f"{contract.operand}>{dtype} {recipe.conditioning}", {"cases": {"observed": 0}})
-        gates["cases"]["observed"] += 1
-        for name, result in record["gates"].items():
-            if result["observed"] > gates.get(name, {"observed": -1.0})["observed"]:
-                gates[name] = {**result, "target": target, "recipe": words(recipe)}
+        if kind == "case":
+            recipe = from_json(record["recipe"])
+            met.append((f"{contract.operand}>{dtype} {recipe.conditioning}", record["gates"], recipe))
 
     runner.judge(plan, listen)
-    print(f"{target} {dtype}: {examples} recipes", flush=True)
-    return worst
+    return met
 
 
-def _document(args: argparse.Namespace, found: list[dict]) -> dict:
-    merged: dict[str, dict[str, dict]] = {}
-    for worst in found:
-        for kind, gates in worst.items():
-            into = merged.setdefault(kind, {"cases": {"observed": 0}})
-            into["cases"]["observed"] += gates.pop("cases")["observed"]
-            for name, result in gates.items():
-                if result["observed"] > into.get(name, {"observed": -1.0})["observed"]:
-                    into[name] = result
+def _simulated(operand: str, dtype: str, block: int, seed: int) -> Iterator[tuple]:
+    """Do the same for kernels with narrow operands: the simulators at chunk lengths that Y does not use."""
+    plain = default_contract(dtype)
+    contract = replace(plain, operand=operand, stored=plain.stored if operand == dtype else "float32")
+    strategy = recipes((dtype,), tokens=PROFILES["quick"].tokens, work=PROFILES["quick"].work)
+    for number in range(block * BLOCK, (block + 1) * BLOCK):
+        recipe = drawn(strategy, seed * 1_000_003 + number)
+        yield f"{operand}>{dtype} {recipe.conditioning}", _largest(recipe, contract), recipe
+
+
+def _largest(recipe, contract: PrecisionContract) -> dict[str, dict]:
+    case = materialise(recipe)
+    yard, gates = yardstick.measure(case, contract, False), {}
+    trial = Trial(Target(SIMULATORS, print, lambda _: contract, (recipe.dtype,)), recipe)
+    for C in OTHER_CHUNKS:
+        for m in trial.judge(yardstick.simulate(case, contract, C), yard.exact, yard):
+            if gates.get(m.gate, {"observed": -1.0})["observed"] < m.observed < math.inf:
+                gates[m.gate] = {"observed": m.observed, "what": f"C={C} {m.what}"}
+    return gates
+
+
+def _document(args: argparse.Namespace, blocks: list[dict]) -> dict:
+    """Join blocks to what limits.json holds: rows that were not measured are kept."""
+    merged: dict[str, dict] = {}
+    for kinds in blocks:
+        for kind, found in kinds.items():
+            into = merged.setdefault(kind, {"cases": 0, "gates": {}})
+            into["cases"] += found["cases"]
+            for name, gate in found["gates"].items():
+                whole = into["gates"].setdefault(name, {"bins": Counter(), "largest": {"observed": -1.0}})
+                whole["bins"].update({int(b): n for b, n in gate["bins"].items()})
+                whole["largest"] = max(whole["largest"], gate["largest"], key=lambda x: x["observed"])
     rows = {f"any {kind}": {"limits": asdict(START)} for kind in ("beta<=1", "beta<=2")}
     rows = json.loads(FILE.read_text())["limits"] | rows
-    options = ["--dtype", *args.dtype, "--examples", str(args.examples), "--seed", str(args.seed)]
-    how = " ".join(["python -m verify.calibrate", *args.targets, *options])
-    rows |= {
-        kind: {"how": how, "versions": records.versions(), **_row(gates)} for kind, gates in sorted(merged.items())
-    }
+    how = " ".join(["python -m verify calibrate", *args.targets, "--examples", str(args.examples)])
+    about = {"how": f"{how} --seed {args.seed}", "date": records.now(), "versions": records.versions()}
+    rows |= {kind: about | _row(found) for kind, found in sorted(merged.items())}
     return {"schema": 1, "margin": MARGIN, "limits": rows}
 
 
-def _row(gates: dict[str, dict]) -> dict:
-    cases, limits = gates.pop("cases")["observed"], asdict(SHARPEST)
-    for name, result in gates.items():
+def _row(found: dict) -> dict:
+    limits = asdict(SHARPEST)
+    for name, gate in found["gates"].items():
         key = name.replace(" ", "_")
-        limits[key] = max(limits[key], math.ceil(2 * MARGIN * result["observed"]) / 2)
-    return {"limits": asdict(Limits(**limits)), "cases": cases, "largest": gates}
+        limits[key] = max(limits[key], math.ceil(2 * MARGIN * gate["largest"]["observed"]) / 2)
+    gates = found["gates"].items()
+    return {
+        "limits": asdict(Limits(**limits)),
+        "cases": found["cases"],
+        "largest": {name: gate["largest"] for name, gate in gates},
+        "quantiles": {name: quantiles(gate["bins"]) for name, gate in gates},
+        "distribution": {name: {str(b): gate["bins"][b] for b in sorted(gate["bins"])} for name, gate in gates},
+    }
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def quantiles(bins: Counter) -> dict[str, float]:
+    """Return upper ends of the bins in which quantiles of the cases' largest ratios lie."""
+    total, found = sum(bins.values()), {}
+    for share in QUANTILES:
+        seen = 0
+        for b in sorted(bins):
+            seen += bins[b]
+            if seen >= share * total:
+                found[f"{share:g}"] = round(2.0 ** ((b + 1) / OCTAVE), 4)
+                break
+    return found

@@ -1,6 +1,8 @@
 """What a person sees: progress while workers judge, the table of verdicts, findings with their replay commands."""
 
 import math
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -10,13 +12,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from verify import coverage
-from verify.claims import Property
+from verify.claims import KINDS, Property
 from verify.properties import PROPERTIES
 from verify.recipes import from_json, words
 from verify.records import INFINITE
 from verify.session import Cell, Listener, Verdict
 
 PROMISE = "no counterexample in {cases} cases of these families, under the stated precision contracts, on {device}"
+
+
+EVERY = 60.0
+"""Seconds between two lines of progress of one target, where nobody watches a bar."""
+
+
+class _Lines:
+    """Progress in lines, for logs: of every target one a minute, none where all is over within the first."""
+
+    def __init__(self, console: Console, expected: dict[str, int]):
+        self._console, self._expected, self._begun = console, expected, time.monotonic()
+        self._seen, self._said = Counter(), dict.fromkeys(expected, self._begun)
+
+    def met(self, name: str, worst: float) -> None:
+        """Count a case, and say so if the last line is a minute old."""
+        self._seen[name] += 1
+        now = time.monotonic()
+        if self._console.is_terminal or now - self._said[name] < EVERY:
+            return
+        self._said[name] = now
+        text = f"{now - self._begun:5.0f} s  {name}: {self._seen[name]} of {self._expected[name]} recipes, worst"
+        self._console.print(f"{text} {_short(worst)}", markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -29,6 +53,7 @@ def progress(console: Console, expected: dict[str, int]) -> Iterator[Listener]:
         TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
     )
+    lines = _Lines(console, expected)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks = {name: bars.add_task(escape(name), total=total, state="starting") for name, total in expected.items()}
         worst = dict.fromkeys(expected, 0.0)
@@ -39,6 +64,7 @@ def progress(console: Console, expected: dict[str, int]) -> Iterator[Listener]:
                 ratios = [float(r["ratio"]) for r in record["results"].values()]
                 worst[name] = max(worst[name], *ratios, 0.0) if ratios else worst[name]
                 bars.update(tasks[name], advance=1, state=f"worst {_short(worst[name])}")
+                lines.met(name, worst[name])
             elif record["kind"] == "failure":
                 bars.update(tasks[name], state=f"shrunk {record['property']}")
             elif record["kind"] in ("target", "crash", "usage"):
@@ -48,7 +74,8 @@ def progress(console: Console, expected: dict[str, int]) -> Iterator[Listener]:
 
 
 def _short(ratio: float) -> str:
-    return "inf" if math.isinf(ratio) else f"{ratio:.2f}"
+    # 1.00 is said to fail: what just holds is rounded down
+    return "inf" if math.isinf(ratio) else f"{min(ratio, 0.99) if ratio <= 1 else ratio:.2f}"
 
 
 def verdict_table(verdicts: list[Verdict], properties: Iterable[Property] = PROPERTIES) -> Table:
@@ -106,7 +133,7 @@ def counts(verdict: Verdict, device: str) -> str:
     """Say in one line how much was tried, and what was not."""
     done = verdict.counts or {}
     tried = f"{verdict.seen} cases, {done.get('rows', 0):,} values compared, {done.get('runs', 0):,} calls"
-    text = f"[bold]{escape(verdict.target)}[/]: {tried}"
+    text = f"[bold]{escape(verdict.target)}[/]: {tried}{_pace(verdict)}"
     if discarded := done.get("discarded"):
         text += f", {discarded} checks had nothing to compare"
     if verdict.done and verdict.done["dtypes_refused"]:
@@ -118,6 +145,16 @@ def counts(verdict: Verdict, device: str) -> str:
     if verdict.code == 0:
         text += f"\n  {PROMISE.format(cases=verdict.seen, device=device)}"
     return text
+
+
+def _pace(verdict: Verdict) -> str:
+    """Say how many cases a second were judged, and where the time went."""
+    spent = (verdict.done or {}).get("seconds", {})
+    if not spent.get("all"):
+        return ""
+    share = {name: spent[name] / spent["all"] for name in ("target", "definition")}
+    pace = f"{spent['all']:.1f} s of work ({verdict.seen / spent['all']:.1f} cases a second"
+    return f", {pace}; {share['target']:.0%} in the target, {share['definition']:.0%} in the definition and simulators)"
 
 
 def _demanded(counts: dict[str, int]) -> str:
@@ -168,13 +205,14 @@ def probes(verdict: Verdict) -> Iterator[str]:
         yield f"  {words_}[/] {escape(p['axis'])}: {escape(p['reason'] or '')}{share}"
 
 
-def terms(verdict: Verdict) -> str:
+def terms(verdict: Verdict, strict: bool = False) -> str:
     """Say in how many cases each term of the recurrence was exercised."""
-    parts = []
+    parts, failed = [], set(verdict.untested()) if strict else ()
     for term in coverage.TERMS:
         changes = verdict.coverage.get(term, [])
         seen = sum(change > coverage.SEEN for change in changes)
-        parts.append(f"{term} {seen}/{verdict.seen}" if seen else f"[bold red]{term} NOT TESTED[/]")
+        untested = f"{term} NOT TESTED{' (FAIL: --strict)' if term in failed else ''}"
+        parts.append(f"{term} {seen}/{verdict.seen}" if seen else f"[bold red]{untested}[/]")
     return "  term coverage (cases where leaving it out shows): " + ", ".join(parts)
 
 
@@ -189,6 +227,13 @@ def failure(record: dict, command: str | None, case: str | None = None) -> str:
     )
 
 
+def explain(prop: Property, console: Console) -> None:
+    """Print what a property claims: its kind, equation and bugs, and when it can be asked."""
+    console.print(f"{prop.name} ({prop.kind}: {KINDS[prop.kind]})\n", markup=False, soft_wrap=True)
+    console.print(prop.explanation, markup=False, soft_wrap=True)
+    console.print(f"\nAsked where: {prop.precondition}.", markup=False, soft_wrap=True)
+
+
 def _figure(x: float | str) -> str:
     return f"{float(x):.3g}"
 
@@ -197,4 +242,16 @@ def broken(verdict: Verdict) -> str:
     """Describe a crash, or a target that could not be judged as named."""
     record = verdict.broken
     trace = f"\n{escape(record['trace'].strip())}" if record["kind"] == "crash" and record.get("trace") else ""
-    return f"[bold red]{record['kind'].upper()}[/] {escape(verdict.target)}: {escape(record['reason'])}{trace}"
+    head = f"[bold red]{record['kind'].upper()}[/] {escape(verdict.target)}"
+    return "\n".join(f"{head}: {escape(x['reason'])}{_after(x)}" for x in verdict.crashes) + trace
+
+
+def _after(record: dict) -> str:
+    """Say of the end of a process on which case it was, and what came behind."""
+    if "recipe" not in record:
+        return ""
+    case = "" if "layers" in record["recipe"] else f" on {words(from_json(record['recipe']))}"
+    text = f", asked {record['property']}{case}"
+    if "restarts" in record:
+        return f"{text}; a new process went on behind it, {record['restarts']} more may (--restarts)"
+    return f"{text}; the {record['left']} recipes left are NOT JUDGED (--restarts)" if record.get("left") else text

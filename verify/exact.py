@@ -9,8 +9,9 @@ import hashlib
 
 import numpy as np
 
-UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
-"""Half the spacing of numbers just above 1: the largest relative error of one rounding to nearest."""
+UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-10, "float32": 2.0**-24, "float64": 2.0**-53}
+"""Half the spacing of numbers just above 1: the largest relative error of one rounding to nearest. The whole
+spacing for tf32, to which the matrix instructions cut what they are given."""
 
 SMALLEST_STEP = {
     "bfloat16": 2.0**-126,
@@ -26,7 +27,7 @@ LARGEST = {"bfloat16": 3.3e38, "float16": 65504.0, "tf32": 3.4e38, "float32": 3.
 
 
 def round_to(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Round [...] to the nearest number of `dtype` (ties to even), returned in the dtype of x."""
+    """Round [...] to the nearest number of `dtype` (ties to even; tf32 is cut), returned in the dtype of x."""
     x = np.asarray(x)
     with np.errstate(over="ignore", under="ignore"):
         if dtype == "float64":
@@ -34,8 +35,11 @@ def round_to(x: np.ndarray, dtype: str) -> np.ndarray:
         if dtype == "float16":
             return x.astype(np.float16).astype(x.dtype)
         single = x.astype(np.float32)
-        if dtype in ("bfloat16", "tf32"):
-            single = _drop_bits(single, 16 if dtype == "bfloat16" else 13)
+        if dtype == "bfloat16":
+            single = _drop_bits(single, 16)
+        if dtype == "tf32":
+            single = (np.ascontiguousarray(single).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+            single = single.reshape(x.shape)
         return single.astype(x.dtype)
 
 

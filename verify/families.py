@@ -7,6 +7,7 @@ at the borders of chunks, minus infinity, beta at 0, 1 and 2, spikes. beta is sh
 
 import numpy as np
 
+from verify import captured
 from verify.cases import Activation, Case
 from verify.exact import Dice, round_to, unit_rows
 from verify.recipes import Recipe
@@ -19,15 +20,16 @@ def materialise(recipe: Recipe) -> Case:
     """Make the arrays of a recipe. Values are float64 and exactly representable in the dtype that the kernel gets."""
     r, N = recipe, max(len(recipe.lengths), 1) if recipe.lengths else recipe.B
     gate_dtype = "float32" if r.gates_float32 and r.dtype != "float64" else r.dtype
-    k = round_to(_keys(r), r.dtype)
-    v = round_to(_values(r), r.dtype)
+    found = captured.cut(r) if r.captured else None
+    k = round_to(found.k if found else _keys(r), r.dtype)
+    v = round_to(found.v if found else _values(r), r.dtype)
     state_dtype = "float64" if r.dtype == "float64" else "float32"
     return Case(
-        q=round_to(_queries(r, k), r.dtype),
+        q=round_to(found.q if found else _queries(r, k), r.dtype),
         k=k,
         v=v,
-        g=round_to(_gates(r), gate_dtype),
-        beta=_betas(r, k, gate_dtype),
+        g=round_to(found.g if found and r.activation == "none" else _gates(r), gate_dtype),
+        beta=_betas(r, k, gate_dtype, found),
         S0=round_to(Dice(r.seed, "S0").normal((N, r.HV, r.K, r.V)), state_dtype) if r.state else None,
         do=round_to(Dice(r.seed, "do").normal((r.B, r.T, r.HV, r.V)), r.dtype),
         dS=round_to(Dice(r.seed, "dS").normal((N, r.HV, r.K, r.V)), state_dtype),
@@ -131,12 +133,12 @@ def _gates(r: Recipe) -> np.ndarray:
     return np.where(at, -np.inf if r.gates == "resets_inf" else HARD[r.plant % 4], g)
 
 
-def _betas(r: Recipe, k: np.ndarray, dtype: str) -> np.ndarray:
+def _betas(r: Recipe, k: np.ndarray, dtype: str, found: captured.Captured | None) -> np.ndarray:
     dice, shape = Dice(r.seed, "betas"), (r.B, r.T, r.HV)
     u = dice.uniform(shape)
     if r.sigmoid != "none":
         return round_to(2 * dice.normal(shape), dtype)
-    beta = {
+    families = {
         "one": np.ones(shape),
         "uniform": u,
         "zero": np.zeros(shape),
@@ -144,7 +146,8 @@ def _betas(r: Recipe, k: np.ndarray, dtype: str) -> np.ndarray:
         "mixed": np.array([0.0, 0.5, 1.0, 1.0])[dice.integers(0, 4, shape)],
         "above_one": 1 + u,
         "largest": np.full(shape, 2.0),
-    }[r.betas]
+    }
+    beta = found.beta if found else families[r.betas]
     if r.l2norm:
         return round_to(beta, dtype)
     # "beta<=1" means beta*||k||^2 <= 1: rounded unit keys may be longer than 1 by a rounding, and long keys have norm 3

@@ -54,7 +54,7 @@ class Chunkwise:
         bounds = None if cu_seqlens is None else cu_seqlens.tolist()
         S = self.starting_states(initial_state, k, v, 1 if bounds is None else len(bounds) - 1, state_v_first)
         o, S = self.sequences((q, k, v, g, beta[..., None]), S, bounds, chunk_size)
-        S = self.final(S.mT if state_v_first else S, initial_state) if output_final_state else None
+        S = self.final(S.mT if state_v_first else S, initial_state) if self.wanted(output_final_state) else None
         return o.transpose(1, 2).to(dtype), S
 
     def scale(self, scale: float | None, K: int) -> float:
@@ -168,6 +168,10 @@ class Chunkwise:
     def write(self, k: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """Sum the chunk's writes; keys come decayed to its end."""
         return product(k.mT, delta)
+
+    def wanted(self, output_final_state: bool) -> bool:
+        """Tell whether the final state is handed out."""
+        return output_final_state
 
     def final(self, S: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:
         """Hand out the final state, in the caller's layout."""

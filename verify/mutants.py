@@ -12,8 +12,10 @@ import torch
 from torch.nn.functional import pad
 
 from impls.contracts import at_least_float32
+from verify.inverses import of_mutant
 from verify.mutant_chunk import Chunkwise, Mutant, clean, instead_of, planted, product, softplus, triangle
 from verify.mutant_gradients import GRADIENTS
+from verify.mutant_memory import MEMORY
 from verify.targets import Target
 
 CLEAN = Mutant("clean", "nothing: the chunkwise form without a bug, which must pass everything", clean)
@@ -370,7 +372,7 @@ def one_scale_for_the_batch(self, name, x):
     return x / most * most if most != 0 else x
 
 
-MUTANTS: tuple[Mutant, ...] = (*(mutant for mutant in planted if mutant not in GRADIENTS), *GRADIENTS)
+MUTANTS: tuple[Mutant, ...] = (*(x for x in planted if x not in (*MEMORY, *GRADIENTS)), *MEMORY, *GRADIENTS)
 
 
 def find(name: str) -> Mutant:
@@ -389,4 +391,5 @@ def target_of(mutant: Mutant) -> Target:
         partial(at_least_float32, bitwise=frozenset()),
         ("float32", "bfloat16", "float16", "float64"),
         chunks=(16, 32),
+        inverse=of_mutant(mutant.function),
     )

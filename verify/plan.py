@@ -2,6 +2,11 @@
 
 from dataclasses import asdict, dataclass
 
+COUNTED = ("cases", "rows", "runs", "discarded", "backward")
+"""What is counted of a target, case by case."""
+RESTARTS = 3
+"""Processes that go on behind cases that ended one, unless another number is asked for: each takes seconds to start."""
+
 
 @dataclass(frozen=True)
 class Demands:
@@ -27,6 +32,8 @@ class Profile:
     shrinks: int
     dtypes: tuple[str, ...]
     demands: Demands = Demands()
+    aimed: int = 0
+    """Recipes of a dtype more, which Hypothesis steers towards the worst ratio that it has met."""
 
 
 PROFILES = {
@@ -72,6 +79,7 @@ PROFILES = {
             1000,
             ("float32", "bfloat16", "float16", "float64"),
             Demands(repeats=10, programs=1024, tokens=33),
+            aimed=2000,
         ),
     )
 }
@@ -92,12 +100,33 @@ class Plan:
     contract: str | None = None
     head_dims: tuple[int, ...] = ()
     """Draw K and V out of these; none: small ones of every kind."""
+    inputs: str | None = None
+    """FILE#digest: draw recipes of these captured inputs instead of all families."""
     recipe: dict | None = None
     """Judge this one recipe only, without drawing: a replay."""
     budgeted: bool = True
     """In the interpreter: ask by the profile's budget. False where a number of recipes was asked for: then on all."""
+    adapter: str | None = None
+    """The file of the adapter class that the target's name names behind its colon."""
+    shard: tuple[int, int] = (0, 1)
+    """Judge the recipes whose number leaves this remainder, divided by that."""
+    first: tuple[dict, ...] = ()
+    """Recipes to be judged before those that are drawn: what failed before."""
+    earlier: tuple[dict, ...] = ()
+    """What a killed run has finished, as `resuming.finished` says it: not judged again, but counted."""
+    reported: tuple[str, ...] = ()
+    """Properties whose failure has been reported by a process that died: not reported again."""
+    restarts: int = 0
+    """Processes that may go on with it, one after the other, behind a case that ended one."""
     kills: int = 0
     """Stop after so many failing recipes, without shrinking: the self-test asks whether a mutant dies, not how."""
+
+    def numbers(self, dtype: str) -> list[int]:
+        """Return the numbers of the recipes that are left to be judged; those of `first` are -1, -2, ..."""
+        part, parts = self.shard
+        done = {case["number"] for case in self.earlier if case["dtype"] == dtype}
+        first = [-1 - i for i, recipe in enumerate(self.first) if recipe["dtype"] == dtype]
+        return [n for n in (*first, *range(self.examples)) if n % parts == part and n not in done]
 
     def to_json(self) -> dict:
         """Return a dictionary of JSON values."""

@@ -21,14 +21,58 @@ ALL_ONES = 0x100
 """The value for bytes of 0xFF, which are NaN in every floating-point format: it counts as set, and changes no bit."""
 
 
+GUARD = 64
+"""Elements on both sides of a guarded buffer: 256 bytes in float32, the alignment that allocators give."""
+PLACES = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
+
+
 @contextlib.contextmanager
 def poisoned_allocations() -> Iterator[None]:
     """Fill with NaN, while this is active, what Python code allocates without a value (torch.empty and its kin)."""
-    places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
     with contextlib.ExitStack() as stack:
-        for owner, name in places:
+        for owner, name in PLACES:
             stack.enter_context(_instead(owner, name, _poisoning(getattr(owner, name))))
         yield
+
+
+@contextlib.contextmanager
+def guarded_allocations() -> Iterator[list[torch.Tensor]]:
+    """Do the same, with a band of bytes 0xFF before and behind every buffer; yields the blocks that hold them.
+
+    `trespassed` counts what was written into the bands. A buffer that is asked for in a special way (pinned, out=) has
+    none.
+    """
+    blocks: list[torch.Tensor] = []
+    replaced = [(owner, name, _guarding(getattr(owner, name), torch.empty, blocks)) for owner, name in PLACES]
+    with contextlib.ExitStack() as stack:
+        for place in replaced:
+            stack.enter_context(_instead(*place))
+        yield blocks
+
+
+def trespassed(blocks: list[torch.Tensor]) -> int:
+    """Count the bytes of the bands around guarded buffers that do not hold 0xFF any more."""
+    bands = (band for x in blocks for band in (x[:GUARD], x[-GUARD:]))
+    return sum(int((band.view(torch.uint8) != 0xFF).sum()) for band in bands)
+
+
+def _guarding(allocate: Callable, empty: Callable, blocks: list[torch.Tensor]) -> Callable:
+    poisoning = _poisoning(allocate)
+
+    def guarded(*args, **kwargs):
+        x = poisoning(*args, **kwargs)
+        plain = x.layout is torch.strided and x.device.type != "meta" and not {"out", "pin_memory"} & kwargs.keys()
+        if not plain or x.is_complex():
+            return x
+        span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+        with torch.no_grad():
+            block = empty(span + 2 * GUARD, dtype=x.dtype, device=x.device)
+            block.view(torch.uint8).fill_(0xFF)
+            blocks.append(block)
+            inside = torch.as_strided(block, x.shape, x.stride(), GUARD)
+        return inside.requires_grad_(x.requires_grad) if x.requires_grad else inside
+
+    return guarded
 
 
 def _poisoning(allocate: Callable) -> Callable:
@@ -47,7 +91,7 @@ def poisoned_memory(device: str) -> Iterator[None]:
     """Hand out memory of NaN, while this is active, whoever asks: malloc, our pages, and the cache of a CUDA device.
 
     Where the C library is not glibc, or another malloc stands in for it, its memory stays as it is. Blocks of up to
-    1 KiB are filled for certain only in a worker, whose environment says so (`session.environment`).
+    1 KiB are filled for certain only in a worker, whose environment says so (`children.environment`).
     """
     if device.startswith("cuda"):
         _poison_cached_blocks(device)

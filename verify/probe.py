@@ -23,6 +23,8 @@ from verify.targets import STANDARD, Malformed, Result, Target, arguments, call_
 
 BASE = Recipe(seed=5, T=9, H=2, K=8, V=8, gates="mild", betas="uniform")
 CHUNKS = (16, 32, 64)
+EVERY = "every dtype"
+"""The axis under which a target is told that raises whatever it gets."""
 DRAWS = 256
 """Recipes drawn for the shares: standard error 3% at most, in 1.8 s."""
 
@@ -66,6 +68,7 @@ QUESTIONS = {
     "scale": Question({"scale": True}, ("scale",)),
     "K != V": Question({"V": 16}),
     "g = -inf": Question({"gates": "resets_inf", "plant": 6}),
+    "g < -5": Question({"gates": "strong"}),
     "use_qk_l2norm_in_kernel": Question(
         {"l2norm": True, "keys": "long", "queries": "large"}, ("use_qk_l2norm_in_kernel",)
     ),
@@ -84,7 +87,7 @@ QUESTIONS = {
 def probe(target: Target, dtypes: tuple[str, ...] = DTYPES) -> tuple[Probe, ...]:
     """Ask about the dtypes that are to be judged and about every axis; about no axis where none of them is taken.
 
-    The target's exceptions are refusals, except where it raises in whatever dtype: then it is wrong, not refusing.
+    The target's exceptions are refusals. Where it raises in whatever dtype, nothing can be judged.
     Prints and warnings are swallowed.
     """
     target = complete(target)
@@ -93,9 +96,16 @@ def probe(target: Target, dtypes: tuple[str, ...] = DTYPES) -> tuple[Probe, ...]
         if base := _first(asked, dtypes):
             asked += [_dtype_of_o(target, asked), *_axes(target, base), *_float32_gates(target, asked)]
         elif all(_base(target, dtype).outcome == "refused" for dtype in DTYPES if dtype not in dtypes):
-            asked = [Probe("every dtype", "wrong", asked[0].reason)]
+            asked = [Probe(EVERY, "refused", _cannot_run(asked[0].reason))]
     known = shares()
     return tuple(replace(p, share=known.get(p.axis)) for p in asked)
+
+
+def _cannot_run(reason: str) -> str:
+    """Say what a target raises whatever it gets, and what to do where it looks for a GPU that is not there."""
+    lacks = "active drivers" in reason  # what Triton says where there is no GPU
+    hint = "; Triton kernels can be judged without a GPU by --device interpret" if lacks else ""
+    return f"it cannot run here: {reason}{hint}"
 
 
 def _base(target: Target, dtype: str) -> Probe:
@@ -114,7 +124,7 @@ def _dtype_of_o(target: Target, asked: list[Probe]) -> Probe:
     other = []
     for dtype in [p.axis for p in asked if p.outcome != "refused"]:
         with contextlib.suppress(Exception):  # no pair of tensors came: said under the dtype itself
-            came = str(_run(target, materialise(replace(BASE, dtype=dtype)), Question()).o.dtype).removeprefix("torch.")
+            came = str(_run(target, _case(target, dtype, Question()), Question()).o.dtype).removeprefix("torch.")
             other += [f"o comes in {came} for {dtype} inputs"] if came != dtype else []
     return Probe("dtype of o", "wrong" if other else "supported", "; ".join(other))
 
@@ -126,7 +136,7 @@ def restrict(target: Target, probes: Iterable[Probe]) -> Target:
     return replace(
         complete(target),
         refused=target.refused | closed,
-        dtypes=tuple(dtype for dtype in target.dtypes if dtype not in closed),
+        dtypes=tuple(dtype for dtype in target.dtypes if dtype not in closed and EVERY not in closed),
         backward=target.backward and "backward" not in closed,
         chunks=() if "chunk_size" in closed else taken,
     )
@@ -182,8 +192,13 @@ def _declared(target: Target, axis: str) -> Probe | None:
     return None
 
 
+def _case(target: Target, dtype: str, question: Question) -> Case:
+    """Make the tiny case of a question, as the target takes it."""
+    return materialise(target.settle(replace(BASE, dtype=dtype, **question.changes)))
+
+
 def _ask(target: Target, axis: str, dtype: str, question: Question) -> Probe:
-    case = materialise(replace(BASE, dtype=dtype, **question.changes))
+    case = _case(target, dtype, question)
     if unknown := _unknown(target, case, question):
         return Probe(axis, "refused", f"keyword {unknown} not in the signature")
     try:
@@ -224,7 +239,7 @@ def _chunk_sizes(target: Target, dtype: str) -> Probe:
 
 
 def _inert(target: Target, dtype: str, question: Question) -> bool:
-    case = materialise(replace(BASE, dtype=dtype, **question.changes))
+    case = _case(target, dtype, question)
     return _without_effect(target, case, question, _run(target, case, question).numbers(), limit=0.0)
 
 

@@ -30,6 +30,8 @@ GATES = (
     "resets_inf",
     "channels_inf",
 )
+STRONG = ("log_uniform", "strong", "staircase", "resets", "resets_inf", "channels_inf")
+"""Gates among which some are below -5, where some kernels end."""
 BETAS = ("one", "uniform", "mixed", "zero", "tiny", "above_one", "largest")
 ACTIVATIONS = ("none", "softplus", "lower_bound", "lower_bound_plain")
 SIGMOIDS = ("none", "sigmoid", "twice")
@@ -75,6 +77,8 @@ class Recipe:
     sigmoid: str = "none"
     gates_float32: bool = False
     chunk: int = 0
+    captured: str = ""
+    """FILE#digest: numbers are cut from captured inputs (`verify.captured`) instead of made."""
 
     @property
     def HV(self) -> int:
@@ -99,7 +103,8 @@ class Recipe:
 
     def to_json(self) -> dict:
         """Return a dictionary of JSON values, with the recipe version."""
-        return {"version": VERSION, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
+        made = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "captured" or v}
+        return {"version": VERSION, **made}
 
 
 def from_json(data: dict) -> Recipe:
@@ -153,6 +158,7 @@ AXES = {
     "scale": lambda r: replace(r, scale=False),
     "K != V": lambda r: replace(r, K=min(r.K, r.V), V=min(r.K, r.V)),
     "g = -inf": lambda r: replace(r, gates="resets") if r.infinite else r,
+    "g < -5": lambda r: replace(r, gates="bounded") if r.activation == "none" and r.gates in STRONG else r,
     "use_qk_l2norm_in_kernel": lambda r: replace(r, l2norm=False),
     "use_gate_in_kernel": lambda r: replace(r, activation="none"),
     "lower_bound": lambda r: replace(r, activation="softplus") if r.activation.startswith("lower") else r,
@@ -227,6 +233,17 @@ def recipes(
     )
 
 
+QUIET = settings(
+    database=None,
+    deadline=None,
+    print_blob=False,
+    report_multiple_bugs=False,
+    verbosity=Verbosity.quiet,
+    suppress_health_check=list(HealthCheck),
+)
+"""Hypothesis as a source of recipes: what fails is kept by the judge, and told by it."""
+
+
 def draw(
     strategy: st.SearchStrategy[Recipe], number: int, meet: Callable[[Recipe], None], shrink: bool = False
 ) -> None:
@@ -238,19 +255,22 @@ def draw(
     phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
 
     @hypothesis.seed(number)
-    @settings(
-        max_examples=2,
-        phases=phases,
-        database=None,
-        deadline=None,
-        print_blob=False,
-        report_multiple_bugs=False,
-        verbosity=Verbosity.quiet,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(QUIET, max_examples=2, phases=phases)
     @given(strategy)
     def example(recipe: Recipe) -> None:
         meet(recipe)
+
+    example()
+
+
+def aimed(strategy: st.SearchStrategy[Recipe], number: int, count: int, meet: Callable[[Recipe], float]) -> None:
+    """Let Hypothesis draw so many recipes, and steer towards those for which `meet` returns more."""
+
+    @hypothesis.seed(number)
+    @settings(QUIET, max_examples=count, phases=(Phase.generate, Phase.target))
+    @given(strategy)
+    def example(recipe: Recipe) -> None:
+        hypothesis.target(meet(recipe), label="worst ratio")
 
     example()
 

@@ -6,14 +6,18 @@ A file may come from anybody: it is checked before anything is computed, and not
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
 import numpy as np
 
+from impls.table import NAMED
 from kda_spec.recurrent import recurrent
+from verify.adapters import registered
 from verify.cases import Case
 from verify.families import materialise
+from verify.peers import PEERS
 from verify.properties import PROPERTIES
 from verify.recipes import Recipe, from_json, words
 from verify.records import DEFINITIONS, INFINITE, SCHEMA, versions
@@ -29,43 +33,61 @@ LARGEST = 10**8
 """Largest B*T*HV*K*V of a file's case: fifty times the largest that the deep profile draws."""
 
 
-def save(folder: Path, failure: dict) -> Path:
-    """Write a failure record as FOLDER/<target>-<property>-<hash>.json, and beside a small case a script."""
+def save(folder: Path, failure: dict, adapter: str | None = None) -> Path:
+    """Write a failure record as FOLDER/<target>-<property>-<hash>.json, and beside a small case a script.
+
+    adapter: the file of the class through which the target is called.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^\w.-]+", "_", f"{failure['target']}-{failure['property']}-{failure['inputs'][:6]}")
     path = folder / f"{stem}.json"
     path.write_text(json.dumps({**failure, "versions": versions()}, indent=2) + "\n")
     case = materialise(from_json(failure["recipe"]))
     small = sum(x.size for x in (case.q, case.k, case.v, case.g, case.beta, case.initial)) <= SCRIPT_ELEMENTS
-    if small and not failure["target"].startswith("mutant:"):  # whose functions have no name to be imported by
-        path.with_suffix(".py").write_text(script(failure, case), encoding="utf-8")
+    if small and _callable_by_name(failure["target"]):
+        path.with_suffix(".py").write_text(script(failure, case, adapter), encoding="utf-8")
     return path
+
+
+def _callable_by_name(target: str) -> bool:
+    """Tell whether a script can call a target: not mutants, which have no name, nor what only an adapter can call."""
+    return not target.startswith("mutant:") and (target not in PEERS or PEERS[target].same_signature)
 
 
 def load(path: Path) -> dict:
     """Read a failure file. Raises ValueError that says what is wrong with it."""
+    return checked(path, _problem, lambda recipe: materialise(from_json(recipe)).digest())
+
+
+def checked(path: Path, problem: Callable[[dict], str | None], digest: Callable[[dict], str]) -> dict:
+    """Read a failure record that fits its schema and `problem`, and whose recipe makes the inputs that it names."""
     try:
         failure = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--replay {path}: not a failure file: {error}") from error
-    if problem := _problem(failure):
-        raise ValueError(f"--replay {path}: {problem}")
-    made = materialise(from_json(failure["recipe"])).digest()
-    if made != failure["inputs"]:
-        raise ValueError(
-            f"--replay {path}: its recipe now makes other inputs (hash {made}, recorded {failure['inputs']})"
-        )
+    if found := _misfit(failure) or problem(failure):
+        raise ValueError(f"--replay {path}: {found}")
+    if (made := digest(failure["recipe"])) != failure["inputs"]:
+        recorded = f"hash {made}, recorded {failure['inputs']}"
+        raise ValueError(f"--replay {path}: its recipe now makes other inputs ({recorded})")
     return failure
 
 
-def _problem(failure: object) -> str | None:
-    """Say what is wrong with a file's content, without computing anything of the size that it names."""
+def _misfit(failure: object) -> str | None:
+    """Say why something is no failure record, without computing anything of the size that it names."""
     if not isinstance(failure, dict) or failure.get("schema") != SCHEMA or failure.get("kind") != "failure":
         return f"expected a failure record of schema version {SCHEMA}"
     of_kind = {"$ref": "#/$defs/failure", "$defs": DEFINITIONS["$defs"]}  # its errors name fields, the whole's do not
     for schema in (of_kind, DEFINITIONS):
         if error := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(failure)):
             return f"not a failure record: {error.json_path}: {error.message}"
+    return None
+
+
+def _problem(failure: dict) -> str | None:
+    """Say what is wrong with a record of an implementation of the op."""
+    if "layers" in failure["recipe"]:
+        return "expected the failure of an implementation of the op, got that of a model"
     if not TARGET.fullmatch(failure["target"]):
         return f"expected a target like package.module:function, got {failure['target']!r}"
     if failure["property"].removesuffix(INFINITE) not in {p.name for p in PROPERTIES}:
@@ -90,8 +112,9 @@ _SCRIPT = '''"""Call a kernel on one case, and print its results beside those of
 
 {about}
 
-import importlib
-{environment}from operator import attrgetter
+import importlib.util
+{environment}from importlib import import_module
+{unwrap}from operator import attrgetter
 
 import torch
 {repair}
@@ -100,7 +123,7 @@ inf = float("inf")
 
 def tensor(shape, dtype, values):
     return torch.tensor(values, dtype=torch.float64).reshape(shape).to({place!r}, dtype)
-
+{load}
 
 arguments = {{
 {arguments}
@@ -112,7 +135,7 @@ expected = {{
 }}
 
 if __name__ == "__main__":
-    kernel = attrgetter({function!r})(importlib.import_module({module!r}))
+    kernel = {kernel}
     positional = [arguments.pop(x) for x in ("q", "k", "v", "g", "beta")]
     returned = kernel(*positional, **arguments)
     results = returned if isinstance(returned, tuple) else (returned,)
@@ -128,38 +151,70 @@ if __name__ == "__main__":
 '''
 
 
-def script(failure: dict, case: Case) -> str:
+def script(failure: dict, case: Case, adapter: str | None = None) -> str:
     """Write a script that calls the target on the case and prints its output beside the definition's.
 
-    In Triton's interpreter it needs this package too, for the mended bfloat16.
+    It needs torch and the target; in Triton's interpreter this package too, for the mended bfloat16.
     """
     recipe: Recipe = from_json(failure["recipe"])
     exact = recurrent(activated(case).inputs())
-    target, own = failure["target"], ":" not in failure["target"]
+    target, ours = failure["target"], any(impl.name == failure["target"] for impl in NAMED)
     assert TARGET.fullmatch(target)
-    module, _, function = ("impls:kda" if own else target).partition(":")
-    chosen = [f'    "implementation": {target!r},'] if own else []
-    if own and failure["config"]:
+    module, function, chosen = _called(target, ours, adapter)
+    if ours and failure["config"]:
         chosen.append(f"    # found with the launch configuration {ascii(failure['config'])}")
     found = f"property {failure['property']}, {failure['what']} {failure['where']}"
     interpreted = failure["device"] == "interpret"
+    kernel = f"load({adapter!r}).{function}()" if adapter else f"attrgetter({function!r})(import_module({module!r}))"
+    unwrapped = target in PEERS and PEERS[target].unwrapped
     place = "cpu" if interpreted else failure["device"]
     return _SCRIPT.format(
         environment='import os\n\nos.environ["TRITON_INTERPRET"] = "1"\n' if interpreted else "",
-        repair="\nfrom verify.interpreter import repair\n\nrepair()" if interpreted else "",
+        repair=_REPAIR.format("" if ours else _ADAPT) if interpreted else "",
         place=place,
         about=_comment(
             f"{target} fails on {words(recipe)}",
             f"Found by `python -m verify`: {found}: observed {failure['observed']}, allowed {failure['allowed']}.",
         ),
-        module=module,
-        function=function,
+        kernel=f"unwrap({kernel})" if unwrapped else kernel,
+        unwrap="from inspect import unwrap\n" if unwrapped else "",
+        load=_LOAD if adapter else "",
         arguments="\n".join((*chosen, *_arguments(case, place))),
         o_shape=exact.o.shape,
         o=_values(exact.o),
         S_shape=exact.final_state.shape,
         S=_values(exact.final_state),
     )
+
+
+_REPAIR = """
+from verify.interpreter import repair
+
+repair(){}"""
+_ADAPT = """
+from verify.interpreter_foreign import adapt
+
+adapt()"""
+_LOAD = """
+
+def load(file):
+    specification = importlib.util.spec_from_file_location("adapter", file)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+"""
+
+
+def _called(target: str, ours: bool, adapter: str | None) -> tuple[str, str, list[str]]:
+    """Return module and function of a target, and the lines of arguments that it needs beside the case's."""
+    if ours:
+        return "impls", "kda", [f'    "implementation": {target!r},']
+    if peer := PEERS.get(target):
+        module, _, function = peer.place.partition(":")
+        return module, function, [f'    "{name}": {value!r},' for name, value in peer.keywords.items()]
+    point = None if adapter or ":" in target else registered().get(target)
+    module, _, function = (point.value if point else target).partition(":")
+    return module, function, []
 
 
 def _comment(*lines: str) -> str:

@@ -1,35 +1,36 @@
 """Judge one target: draw recipes, run every property on each, shrink what fails. This is what a worker process does."""
 
 import contextlib
+import itertools
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from verify import coverage, interpreter, mutants, probe, records
-from verify.budget import HEADS, INTERPRETED, Budget, demands_of
+from verify import coverage, interpreter, interpreter_foreign, mutants, probe, records
+from verify.budget import INTERPRETED, demands_of
+from verify.choice import own
 from verify.claims import Property
-from verify.plan import PROFILES, Demands, Plan
+from verify.drawing import budget_of, neutral, not_asked, seed_of, strategy_of
+from verify.plan import COUNTED, PROFILES, Demands, Plan
 from verify.properties import PROPERTIES
 from verify.properties.definition import reference_backward
-from verify.recipes import AXES, DIMS, DTYPES, Recipe, draw, drawn, from_json, recipes
-from verify.targets import Target, TargetError, resolve
+from verify.recipes import Recipe, aimed, draw, drawn, from_json
+from verify.resolve import resolve
+from verify.stopwatch import WATCH
+from verify.targets import Target, TargetError
 from verify.trial import Measure, TargetRaised, Trial
 
 Emit = Callable[..., None]
 
 
-LOOKED_AT = 32
-"""Recipes among which a case is sought that a property would take if its target took one axis more."""
-
 SHRUNK = 10
 """Properties of one target whose first failure is made small; one bug fails dozens, and a few small cases show it."""
-
-
-COUNTED = ("cases", "rows", "runs", "discarded", "backward")
 
 
 class _Falsified(Exception):
@@ -54,6 +55,8 @@ class Tally:
     judged: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Recipes by property (those with gates of minus infinity apart) and dtype."""
     empty: set[str] = field(default_factory=set)
+    units: Counter[str] = field(default_factory=Counter)
+    """Work done, by dtype."""
 
     def met(self, trial: Trial) -> None:
         """Keep the least that a demand came to in any trial: repeats, and pairs and programs of a crowd."""
@@ -77,28 +80,49 @@ def reported(prop: Property, recipe: Recipe) -> str:
 
 def judge(plan: Plan, emit: Emit) -> None:
     """Run a plan; `emit(kind, **fields)` receives every record."""
+    started = time.perf_counter()
+    WATCH.spent.clear()
     target = _target(plan, emit)
     if plan.recipe:
         _judge_one(plan, target, emit)
         return
     chosen = [p for p in PROPERTIES if not plan.properties or p.name in plan.properties]
-    tally = Tally()
+    tally, found = _earlier(plan)
     refused = [d for d in plan.dtypes if d not in target.dtypes]
-    found: dict[str, Found] = {}
     for dtype in plan.dtypes:
         if dtype in target.dtypes:
             found = _generate(plan, target, chosen, dtype, tally, emit) | found
-    for i, (name, failure) in enumerate(_once_each(found).items() if not plan.kills else ()):
-        _report(plan, target, name, failure, emit, shrink=i < SHRUNK)
+            found = _aim(plan, target, chosen, dtype, tally, emit) | found
+    WATCH.spent["all"] = time.perf_counter() - started
+    told = {n: x for n, x in _once_each(found).items() if n not in plan.reported and not plan.kills}
+    for i, (name, failure) in enumerate(told.items(), len(plan.reported)):
+        _report(plan, target, name, failure, emit, shrink=i < SHRUNK and failure.number >= 0)
     emit(
         "target",
         target=plan.target,
         counts=tally.counts,
         refused=dict(target.refused),
         dtypes_refused=refused,
-        not_asked=_not_asked(plan, target, tally.missing(chosen), tally.empty),
-        budget=budget.words() if (budget := _budget(plan, target)) else None,
+        not_asked=not_asked(plan, target, tally.missing(chosen), tally.empty),
+        budget=budget.words() if (budget := budget_of(plan, target)) else None,
+        seconds={name: round(WATCH.spent[name], 3) for name in ("all", "target", "definition")},
     )
+
+
+def _earlier(plan: Plan) -> tuple[Tally, dict[str, Found]]:
+    """Return what a killed run of the plan had counted, and found to fail."""
+    tally, found = Tally(), {}
+    for case in plan.earlier:
+        for name in case["names"]:
+            tally.judged[name, case["dtype"]] += 1
+        for name, x in case["counts"].items():
+            tally.counts[name] += x
+        tally.units[case["dtype"]] += case["units"]
+        for name, outcome in case["failing"].items():
+            prop = next(p for p in PROPERTIES if p.name == name.removesuffix(records.INFINITE))
+            worst = Measure(outcome["what"], float(outcome["observed"]), float(outcome["allowed"]), 1, outcome["where"])
+            found.setdefault(name, Found(prop, from_json(case["recipe"]), worst, case["number"]))
+    return tally, found
 
 
 def _once_each(found: dict[str, Found]) -> dict[str, Found]:
@@ -110,8 +134,9 @@ def _once_each(found: dict[str, Found]) -> dict[str, Found]:
 
 def _judge_one(plan: Plan, target: Target, emit: Emit) -> None:
     """Judge the plan's own recipe on its one property, and report what comes out as `judge` does."""
-    recipe, prop = from_json(plan.recipe), next(p for p in PROPERTIES if p.name == plan.properties[0])
-    trial = Trial(target, recipe, _demands(plan))
+    prop = next(p for p in PROPERTIES if p.name == plan.properties[0])
+    trial = Trial(target, from_json(plan.recipe), _demands(plan))
+    _begin(plan, trial, emit, prop, 0)
     worst = _worst(prop, trial)
     results = {} if worst is None else {prop.name: records.outcome(worst)}
     emit(
@@ -119,9 +144,13 @@ def _judge_one(plan: Plan, target: Target, emit: Emit) -> None:
         target=plan.target,
         device=plan.device,
         recipe=plan.recipe,
-        inputs=trial.case.digest(),
+        inputs=trial.inputs,
         results=results,
+        gates={},
         coverage={},
+        number=0,
+        units=trial.units,
+        counts=dict.fromkeys(COUNTED, 0),
     )
     if worst is not None and worst.ratio > 1:
         emit(
@@ -131,7 +160,7 @@ def _judge_one(plan: Plan, target: Target, emit: Emit) -> None:
             property=prop.name,
             recipe=plan.recipe,
             steady=True,
-            inputs=trial.case.digest(),
+            inputs=trial.inputs,
             config=plan.config,
             contract=plan.contract,
             **records.outcome(worst),
@@ -140,10 +169,8 @@ def _judge_one(plan: Plan, target: Target, emit: Emit) -> None:
         "target",
         target=plan.target,
         counts=dict.fromkeys(COUNTED, 0) | {"cases": 1, "runs": trial.runs} | trial.met,
-        refused={},
-        dtypes_refused=[],
-        not_asked={},
-        budget=None,
+        **{"refused": {}, "dtypes_refused": [], "not_asked": {}, "budget": None},
+        seconds=dict.fromkeys(("all", "target", "definition"), 0.0),
     )
 
 
@@ -159,7 +186,10 @@ def load(plan: Plan) -> Target:
             interpreter.repair()
         except RuntimeError as error:
             raise TargetError(f"--device interpret: {error}") from error
-    target = resolve(plan.target, plan.device, Path(plan.config) if plan.config else None, plan.contract)
+        if not own(plan.target):
+            interpreter_foreign.adapt()
+    config = Path(plan.config) if plan.config else None
+    target = resolve(plan.target, plan.device, config, plan.contract, plan.adapter)
     try:
         torch.empty(0, device=target.place)
     except (RuntimeError, AssertionError) as error:
@@ -178,76 +208,9 @@ def _target(plan: Plan, emit: Emit) -> Target:
     return probe.restrict(target, probes)
 
 
-def _not_asked(plan: Plan, target: Target, missing: list[Property], empty: set[str]) -> dict[str, str]:
-    """Say for each property that compared nothing why: its cases were empty, an axis is closed, or no case fits."""
-    dtypes = [d for d in plan.dtypes if d in target.dtypes]
-    if plan.kills or not missing or not dtypes:
-        return {}
-    strategy = _recipes(plan, target, tuple(dtypes), probe.CHUNKS)
-    met = [drawn(strategy, number) for number in range(LOOKED_AT)]
-
-    def fits(prop: Property, taker: Target) -> list[bool]:
-        return [prop.applies(Trial(taker, neutral(recipe, taker))) for recipe in met]
-
-    reasons, none = {}, "no case within the budget fits" if _budget(plan, target) else "no drawn case fits"
-    for prop in missing:
-        now = fits(prop, target)
-        axes = [axis for axis in sorted(_closed(target)) if fits(prop, _opened(target, axis)) != now]
-        reasons[prop.name] = f"{' or '.join(axes)} not taken" if axes else none
-    return reasons | dict.fromkeys((p.name for p in missing if p.name in empty), "nothing to compare in its cases")
-
-
-def _closed(target: Target) -> set[str]:
-    """Return the axes of the domain that a target does not take."""
-    missing = {"chunk_size": not target.chunks, "backward": not target.backward}
-    return {axis for axis in target.refused if axis not in DTYPES} | {axis for axis in missing if missing[axis]}
-
-
-def _opened(target: Target, axis: str) -> Target:
-    """Return the target as if it took an axis."""
-    return replace(
-        target,
-        refused={name: reason for name, reason in target.refused.items() if name != axis},
-        backward=target.backward or axis == "backward",
-        chunks=target.chunks or (probe.CHUNKS if axis == "chunk_size" else ()),
-    )
-
-
 def _demands(plan: Plan) -> Demands:
     """Return what is asked of one recipe; of a replayed one the most, since its file does not name a profile."""
     return demands_of("tune" if plan.recipe else plan.profile, plan.device == "interpret")
-
-
-def _budget(plan: Plan, target: Target) -> Budget | None:
-    """Return what the interpreter can afford; None on other devices, and where a number of recipes was asked for."""
-    return INTERPRETED[plan.profile, target.form] if plan.device == "interpret" and plan.budgeted else None
-
-
-def _recipes(plan: Plan, target: Target, dtypes: tuple[str, ...], chunks: tuple[int, ...]):
-    """Return the recipes of a plan: those of its profile, smaller in the interpreter."""
-    profile, head_dims = PROFILES[plan.profile], plan.head_dims or DIMS
-    if plan.device != "interpret":
-        return recipes(dtypes, tokens=profile.tokens, work=profile.work, chunks=chunks, head_dims=head_dims)
-    tokens, work = INTERPRETED[plan.profile, target.form].tokens, profile.work
-    return recipes(dtypes, tokens=tokens, work=work, chunks=chunks, heads=HEADS, tall=(), head_dims=head_dims)
-
-
-def _strategy(plan: Plan, target: Target, dtype: str):
-    return _recipes(plan, target, (dtype,), target.chunks).map(lambda recipe: neutral(recipe, target))
-
-
-def neutral(recipe: Recipe, target: Target) -> Recipe:
-    """Return the recipe's neutral form along every axis that the target refuses.
-
-    One axis may lead into another (without a gate inside, gates of minus infinity count), so it goes around until
-    nothing changes.
-    """
-    before = None
-    while recipe != before:
-        before = recipe
-        for axis in target.refused:
-            recipe = AXES[axis](recipe) if axis in AXES else recipe
-    return recipe
 
 
 def _generate(
@@ -255,31 +218,66 @@ def _generate(
 ) -> dict[str, Found]:
     """Judge recipe after recipe; returns the first failure of every property."""
     found: dict[str, Found] = {}
-    strategy, killed, units, budget = _strategy(plan, target, dtype), 0, 0, _budget(plan, target)
-    for number in range(plan.examples):
-        recipe = drawn(strategy, _seed(plan, dtype, number))
+    strategy, budget = strategy_of(plan, target, dtype), budget_of(plan, target)
+    killed = sum(bool(case["failing"]) for case in plan.earlier if case["dtype"] == dtype)
+    share = plan.shard[1] if budget else 1
+    for number in plan.numbers(dtype):
+        if plan.kills and killed >= plan.kills:
+            break
+        again = neutral(from_json(plan.first[-1 - number]), target) if number < 0 else None
+        recipe = again or drawn(strategy, seed_of(plan, dtype, number))
         trial = Trial(target, recipe, _demands(plan))
         asked = [p for p in chosen if tally.left(p, recipe)]
         if budget:
-            quota = budget.quota(recipe.infinite)
+            quota = -(-budget.quota(recipe.infinite) // share)
             asked = [p for p in asked if tally.judged[reported(p, recipe), dtype] < quota and p.applies(trial)]
-            if not asked or units >= budget.units:
+            if not asked or tally.units[dtype] >= budget.units / share:
                 continue
-        failures = _judge_case(plan, trial, asked, tally, emit)
-        units += trial.units
+        failures = _judge_case(plan, trial, asked, number, tally, emit)
+        tally.units[dtype] += trial.units
         for prop, name, worst in failures:
             found.setdefault(name, Found(prop, recipe, worst, number))
         killed += bool(failures)
-        if plan.kills and killed >= plan.kills:
-            break
+    return found
+
+
+def _aim(plan: Plan, target: Target, chosen: list[Property], dtype: str, tally: Tally, emit: Emit) -> dict[str, Found]:
+    """Judge recipes that are steered towards the worst ratio, where the profile has some; returns what fails anew.
+
+    They are numbered behind those that are drawn. A failure among them is not made smaller.
+    """
+    done = sum(case["dtype"] == dtype and case["number"] >= plan.examples for case in plan.earlier)
+    left = -(-PROFILES[plan.profile].aimed // plan.shard[1]) - done
+    found: dict[str, Found] = {}
+    if left <= 0 or plan.kills or budget_of(plan, target):
+        return found
+    first = plan.examples + plan.shard[0] + done * plan.shard[1]
+    numbers = itertools.count(first, plan.shard[1])
+
+    def meet(recipe: Recipe) -> float:
+        trial, number = Trial(target, recipe, _demands(plan)), next(numbers)
+        asked = [p for p in chosen if tally.left(p, recipe)]
+        largest: list[float] = []
+
+        def listen(kind: str, **fields) -> None:
+            if kind == "case":
+                largest.extend(float(x["ratio"]) for x in fields["results"].values())
+            emit(kind, **fields)
+
+        for prop, name, worst in _judge_case(plan, trial, asked, number, tally, listen):
+            found.setdefault(name, Found(prop, recipe, worst, -1))
+        return min(max(largest, default=0.0), 1e6)
+
+    aimed(strategy_of(plan, target, dtype), seed_of(plan, dtype, first), left, meet)
     return found
 
 
 def _judge_case(
-    plan: Plan, trial: Trial, chosen: list[Property], tally: Tally, emit: Emit
+    plan: Plan, trial: Trial, chosen: list[Property], number: int, tally: Tally, emit: Emit
 ) -> list[tuple[Property, str, Measure]]:
     results, gates, failures, counts = {}, {}, [], tally.counts
-    for name, prop, measures in _measured(trial, chosen):
+    before, asking = counts.copy(), partial(_begin, plan, trial, emit, number=number)
+    for name, prop, measures in _measured(trial, chosen, asking):
         worst = worst_of(measures)
         if worst is None:
             tally.empty.add(prop.name)
@@ -301,10 +299,13 @@ def _judge_case(
         target=plan.target,
         device=plan.device,
         recipe=recipe,
-        inputs=trial.case.digest(),
+        inputs=trial.inputs,
         results=results,
         gates=gates,
         coverage=terms,
+        number=number,
+        units=trial.units,
+        counts={name: counts[name] - before[name] for name in COUNTED},
     )
     return failures
 
@@ -316,14 +317,20 @@ def _largest_by_gate(gates: dict[str, dict], measures: list[Measure]) -> None:
             gates[m.gate] = {"observed": m.observed, "what": m.what}
 
 
-def _seed(plan: Plan, dtype: str, number: int) -> int:
-    return (plan.seed * 1_000_003 + number) * len(DTYPES) + DTYPES.index(dtype)
-
-
-def _measured(trial: Trial, chosen: list[Property]) -> Iterator[tuple[str, Property, list[Measure]]]:
+def _measured(
+    trial: Trial, chosen: list[Property], asking: Callable[[Property], None]
+) -> Iterator[tuple[str, Property, list[Measure]]]:
+    """Ask properties one after the other, and say so before: what ends the process is known then."""
     for prop in chosen:
         if prop.applies(trial):
+            asking(prop)
             yield reported(prop, trial.recipe), prop, check(prop, trial)
+
+
+def _begin(plan: Plan, trial: Trial, emit: Emit, prop: Property, number: int | None) -> None:
+    """Say what is asked next; `number` is that of the case, None for one that was judged before."""
+    name, recipe = reported(prop, trial.recipe), trial.recipe.to_json()
+    emit("begin", target=plan.target, recipe=recipe, property=name, inputs=trial.inputs, number=number)
 
 
 def check(prop: Property, trial: Trial) -> list[Measure]:
@@ -345,9 +352,11 @@ def _worst(prop: Property, trial: Trial) -> Measure | None:
 
 
 def _report(plan: Plan, target: Target, name: str, found: Found, emit: Emit, shrink: bool) -> None:
-    again = _worst(found.property, Trial(target, found.recipe, _demands(plan)))
+    trial = Trial(target, found.recipe, _demands(plan))
+    _begin(plan, trial, emit, found.property, None)
+    again = _worst(found.property, trial)
     steady = again is not None and again.ratio > 1
-    recipe, measure = _shrink(plan, target, name, found) if steady and shrink else (found.recipe, found.measure)
+    recipe, measure = _shrink(plan, target, name, found, emit) if steady and shrink else (found.recipe, found.measure)
     emit(
         "failure",
         target=plan.target,
@@ -362,7 +371,7 @@ def _report(plan: Plan, target: Target, name: str, found: Found, emit: Emit, shr
     )
 
 
-def _shrink(plan: Plan, target: Target, name: str, found: Found) -> tuple[Recipe, Measure]:
+def _shrink(plan: Plan, target: Target, name: str, found: Found, emit: Emit) -> tuple[Recipe, Measure]:
     """Let Hypothesis meet the failure again and make it small: within attempts, in the interpreter units of work."""
     best, seen, spent = (found.recipe, found.measure), {}, 0
     interpreted = plan.device == "interpret"
@@ -371,8 +380,10 @@ def _shrink(plan: Plan, target: Target, name: str, found: Found) -> tuple[Recipe
     def failing(recipe: Recipe) -> Measure | None:
         nonlocal spent
         if recipe not in seen and name.endswith(records.INFINITE) == recipe.infinite:
-            trial = Trial(target, recipe, _demands(plan))
-            worst = _worst(found.property, trial) if spent < allowed or not any(seen.values()) else None
+            trial, worst = Trial(target, recipe, _demands(plan)), None
+            if spent < allowed or not any(seen.values()):
+                _begin(plan, trial, emit, found.property, None)
+                worst = _worst(found.property, trial)
             spent += (max(trial.units, 1) if interpreted else 1) if any(seen.values()) else 0
             seen[recipe] = worst if worst is not None and worst.ratio > 1 else None
         return seen.get(recipe)
@@ -385,5 +396,5 @@ def _shrink(plan: Plan, target: Target, name: str, found: Found) -> tuple[Recipe
 
     dtype = found.recipe.dtype
     with contextlib.suppress(_Falsified):
-        draw(_strategy(plan, target, dtype), _seed(plan, dtype, found.number), meet, shrink=True)
+        draw(strategy_of(plan, target, dtype), seed_of(plan, dtype, found.number), meet, shrink=True)
     return best

@@ -2,15 +2,12 @@
 
 import contextlib
 import json
-import os
 import queue
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from verify.children import Rest, worker
+from verify.coverage import SEEN, TERMS
 from verify.plan import Plan
 
 SIDE_BY_SIDE = 2
@@ -50,28 +47,61 @@ class Verdict:
     coverage: dict[str, list[float]] = field(default_factory=dict)
     probes: list[dict] = field(default_factory=list)
     failures: list[dict] = field(default_factory=list)
+    failing: list[dict] = field(default_factory=list)
+    """Recipes on which a property failed, as they were drawn."""
     counts: dict[str, int] = field(default_factory=dict)
     seen: int = 0
     done: dict | None = None
-    broken: dict | None = None
+    """What is said of all parts of it: counts are sums, demands the least that was met."""
+    crashes: list[dict] = field(default_factory=list)
+    """How processes ended that judged it, in order; of a target that could not be judged as named, what was wrong."""
 
     def add(self, record: dict) -> None:
         """Take in one record."""
         kind = record["kind"]
         if kind == "case":
             self.seen += 1
+            if any(float(result["ratio"]) > 1 for result in record["results"].values()):
+                self.failing.append(record["recipe"])
             for name, result in record["results"].items():
                 self.cells.setdefault(name, Cell()).add(result)
             for term, change in record["coverage"].items():
                 self.coverage.setdefault(term, []).append(change)
         elif kind == "probe":
-            self.probes.append(record)
+            if record["axis"] not in {p["axis"] for p in self.probes}:
+                self.probes.append(record)
         elif kind == "failure":
-            self.failures.append(record)
+            self._keep_smallest(record)
         elif kind == "target":
-            self.done, self.counts = record, record["counts"]
+            self.done = record if self.done is None else _together(self.done, record)
+            self.counts = self.done["counts"]
         else:
-            self.broken = record
+            self.crashes.append(record)
+
+    @property
+    def broken(self) -> dict | None:
+        """The end of the last process that judged it and did not come to its own; None where all did."""
+        return self.crashes[-1] if self.crashes else None
+
+    def _keep_smallest(self, failure: dict) -> None:
+        """Keep one failure of a property: that of the smallest case, where several parts of a run found one."""
+        at = next((i for i, x in enumerate(self.failures) if x["property"] == failure["property"]), None)
+        if at is None:
+            self.failures.append(failure)
+        elif size(failure) < size(self.failures[at]):
+            self.failures[at] = failure
+
+    def untested(self) -> list[str]:
+        """Name the terms of the recurrence that no case exercised, of those that the target takes."""
+        closed = self.done["refused"] if self.done else {}
+        seen = {term for term, changes in self.coverage.items() if any(x > SEEN for x in changes)}
+        asked = [term for term in TERMS if term != "initial state" or "initial_state" not in closed]
+        return [term for term in asked if term not in seen]
+
+    @property
+    def strict_code(self) -> int:
+        """Exit code where a term that no case exercised is a failure."""
+        return FAILED if self.code == PASS and self.untested() else self.code
 
     @property
     def findings(self) -> list[dict]:
@@ -97,130 +127,57 @@ class Verdict:
         return PASS if self.cells else NOTHING
 
 
+LEAST = ("repeats", "pairs", "programs")
+"""Counts of a target record that are the least of all parts, not their sum."""
+
+
+def _together(one: dict, other: dict) -> dict:
+    """Join what two parts of a run say of a target."""
+    names = one["counts"].keys() | other["counts"].keys()
+    counts = {n: [x["counts"][n] for x in (one, other) if n in x["counts"]] for n in sorted(names)}
+    spent = [x.get("seconds", {}) for x in (one, other)]
+    return one | {
+        "counts": {n: min(x) if n in LEAST else sum(x) for n, x in counts.items()},
+        "not_asked": {n: reason for n, reason in one["not_asked"].items() if n in other["not_asked"]},
+        "seconds": {n: round(sum(x.get(n, 0.0) for x in spent), 3) for n in ("all", "target", "definition")},
+    }
+
+
+def size(failure: dict) -> tuple[float, str]:
+    """Order failing cases: by the numbers of their recipe, then by its text."""
+    recipe = failure["recipe"]
+    numbers = [x for name, x in recipe.items() if isinstance(x, int) and name not in ("version", "seed")]
+    return sum(numbers), json.dumps(recipe)
+
+
 def exit_code(codes: list[int]) -> int:
     """Combine exit codes: usage first (nothing was judged as asked), then 6 > 5 > 1 > 4 > 3 > 0; 3 if there is none."""
     return next((code for code in (USAGE, CRASH, FLAKY, FAILED, SURVIVOR, NOTHING, PASS) if code in codes), NOTHING)
 
 
-def run(batches: list[list[Plan]], listen: Listener) -> dict[str, Verdict]:
-    """Judge batches of plans, each batch in a process of its own, `SIDE_BY_SIDE` at a time; returns verdicts by target.
+def run(
+    batches: list[list[Plan]],
+    listen: Listener,
+    workers: int = SIDE_BY_SIDE,
+    silence: float = SILENCE,
+) -> dict[str, Verdict]:
+    """Judge batches of plans, each batch in a process of its own, so many at a time; returns verdicts by target.
 
-    `listen` gets every record in the order of arrival. On KeyboardInterrupt the workers are killed and it propagates.
+    `listen` gets every record in the order of arrival. A process that says nothing for so many seconds is killed; what
+    a process leaves that died goes to the next one. On KeyboardInterrupt the workers are killed and it propagates.
     """
     verdicts = {plan.target: Verdict(plan.target) for batch in batches for plan in batch}
     waiting, arrived, running = list(batches), queue.Queue(), 0
     with contextlib.ExitStack() as stack:
         while waiting or running:
-            while waiting and running < SIDE_BY_SIDE:
-                stack.enter_context(_worker(waiting.pop(0), arrived))
+            while waiting and running < workers:
+                stack.enter_context(worker(waiting.pop(0), arrived, silence))
                 running += 1
             record = arrived.get()
-            if record is None:
+            if isinstance(record, Rest):
                 running -= 1
+                waiting = [list(record.plans), *waiting] if record.plans else waiting
                 continue
             verdicts[record["target"]].add(record)
             listen(record)
     return verdicts
-
-
-UNCACHED = "glibc.malloc.tcache_count=0"
-"""Keeps glibc from caching blocks of up to 1 KiB for each thread: these come with what they held, whatever
-`poison.poisoned_memory` has asked malloc to fill them with."""
-
-
-def environment(device: str) -> dict[str, str]:
-    """Return the environment of a worker that judges on a device."""
-    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), UNCACHED)))
-    found = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "GLIBC_TUNABLES": tunables}
-    found.pop("TRITON_INTERPRET", None)  # a device means what it says, whatever the shell is set to
-    return found | {"TRITON_INTERPRET": "1"} if device == "interpret" else found
-
-
-@contextlib.contextmanager
-def _worker(batch: list[Plan], arrived: queue.Queue) -> Iterator[None]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "verify.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(batch[0].device),
-        start_new_session=True,
-    )
-    thread = threading.Thread(target=_collect, args=(process, batch, arrived), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        _kill(process)
-        thread.join()
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """Kill a worker with everything that its targets started: they hold its pipes open, and would be left behind."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _collect(process: subprocess.Popen, batch: list[Plan], arrived: queue.Queue) -> None:
-    watchdog = _Watchdog(process)
-    errors = threading.Thread(target=watchdog.keep_errors, daemon=True)
-    errors.start()
-    unfinished = [plan.target for plan in batch]
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(json.dumps([plan.to_json() for plan in batch]))
-        process.stdin.close()
-    for line in process.stdout:
-        watchdog.heard()
-        if not line.endswith("\n"):
-            break  # a worker that was killed in the middle of a record
-        record = json.loads(line)
-        if record["kind"] in ("target", "usage", "crash"):
-            unfinished.remove(record["target"])
-        arrived.put(record)
-    code = process.wait()
-    _kill(process)
-    watchdog.stop()
-    errors.join()
-    for target in unfinished:
-        reason = f"no record for {SILENCE:.0f} s: killed" if watchdog.fired else f"worker ended with {_ending(code)}"
-        arrived.put({"schema": 1, "kind": "crash", "target": target, "reason": reason, "trace": watchdog.tail()})
-    arrived.put(None)
-
-
-def _ending(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
-class _Watchdog:
-    """Kills a process that has been silent for too long, and keeps the end of what it wrote to standard error."""
-
-    def __init__(self, process: subprocess.Popen):
-        self._process, self.fired, self._errors = process, False, []
-        self._timer = None
-        self.heard()
-
-    def heard(self) -> None:
-        """Start counting silence anew."""
-        self.stop()
-        self._timer = threading.Timer(SILENCE, self._fire)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def stop(self) -> None:
-        """Stop counting."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _fire(self) -> None:
-        self.fired = True
-        _kill(self._process)
-
-    def keep_errors(self) -> None:
-        """Read standard error to its end."""
-        for line in self._process.stderr:
-            self._errors = [*self._errors[-40:], line]
-
-    def tail(self) -> str:
-        """Return the last lines of standard error."""
-        return "".join(self._errors)

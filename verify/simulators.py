@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from verify.exact import round_to
+from impls.contracts import PrecisionContract
+from verify.exact import UNIT_ROUNDOFF, round_to
 
 GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "dS0")
 
@@ -25,6 +26,25 @@ class Rounding:
     accumulator: str
     stored: str
     """The dtype of X diag(beta), X the inverse of a chunk's triangle; the accumulator's: nothing is stored."""
+    state: str | None = None
+    """The dtype of S between tokens or chunks; None: the accumulator's."""
+    inverse: str | None = None
+    """The dtype of the products that make a stored inverse; None: the accumulator's."""
+
+    @staticmethod
+    def of(contract: PrecisionContract) -> "Rounding":
+        """Return what a contract says."""
+        wide = UNIT_ROUNDOFF[contract.accumulator]
+        state, inverse = (x if UNIT_ROUNDOFF[x] > wide else None for x in (contract.state, contract.inverse))
+        return Rounding(contract.operand, contract.accumulator, contract.stored, state, inverse)
+
+    def kept(self, S: np.ndarray) -> np.ndarray:
+        """Round a state as it is kept."""
+        return round_to(S, self.state) if self.state else S
+
+    def factor(self, x: np.ndarray) -> np.ndarray:
+        """Round a factor of the products that make a stored inverse."""
+        return round_to(x, self.inverse) if self.inverse else x
 
     @property
     def numpy(self) -> type:
@@ -46,7 +66,7 @@ def sequential(q, k, v, g, beta, S, scale: float, rounding: Rounding) -> tuple[n
         P = alpha[..., t, :, None] * S
         row = r(k[..., t, None, :])
         delta = beta[..., t, None, None] * (v[..., t, None, :] - row @ r(P))
-        S = P + row.swapaxes(-1, -2) * r(delta)
+        S = rounding.kept(P + row.swapaxes(-1, -2) * r(delta))
         o[..., t, :] = (rounding.numpy(scale) * (r(q[..., t, None, :]) @ r(S)))[..., 0, :]
     return o, S
 
@@ -93,6 +113,7 @@ def chunked(q, k, v, g, beta, S, scale: float, rounding: Rounding, C: int) -> tu
     for start in range(0, q.shape[-2], C):
         piece = slice(start, start + C)
         o, S = _chunk(*(x[..., piece, :] for x in (q, k, v, np.exp(g))), beta[..., piece, None], S, rounding)
+        S = rounding.kept(S)
         parts.append(rounding.numpy(scale) * o)
     return np.concatenate(parts, axis=-2), S
 
@@ -122,5 +143,5 @@ def _solved(L, beta, u, rounding: Rounding) -> np.ndarray:
     x = beta * (np.broadcast_to(np.eye(L.shape[-1], dtype=L.dtype), L.shape) if stored else u)
     for i in range(1, L.shape[-1]):
         row, above = L[..., i : i + 1, :i], x[..., :i, :]
-        x[..., i : i + 1, :] -= row @ above if stored else r(row) @ r(above)
+        x[..., i : i + 1, :] -= rounding.factor(row) @ rounding.factor(above) if stored else r(row) @ r(above)
     return round_to(x, rounding.stored) @ r(u) if stored else x

@@ -4,23 +4,18 @@ A target is called with torch tensors made from a case: values exact, each buffe
 read past its ends shows, every allocation during the call poisoned with NaN so that an element never written shows.
 """
 
-import importlib
 import inspect
-import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from impls import configs, table
 from impls.contracts import PrecisionContract
 from verify.cases import Case
-from verify.poison import poisoned_allocations
-
-GUARD = 64
-"""Elements of NaN on both sides of every input buffer: 256 bytes in float32, the alignment that allocators give."""
+from verify.poison import GUARD, poisoned_allocations
+from verify.recipes import Recipe
 
 STANDARD = frozenset(
     {
@@ -40,6 +35,10 @@ STANDARD = frozenset(
     }
 )
 """FLA's keywords that a judge passes."""
+
+
+OTHER_AXES = ("backward", "strided inputs", "state_v_first")
+"""Axes of the domain that no recipe holds: they lie in how a call is made."""
 
 
 class TargetError(ValueError):
@@ -66,6 +65,10 @@ class Target:
     form: str = "chunk"
     """Chunk or recurrent; somebody else's kernel counts as the first."""
     refused: dict[str, str] = field(default_factory=dict)
+    settle: Callable[[Recipe], Recipe] = lambda recipe: recipe
+    """The nearest recipe that it takes, where no axis says it."""
+    inverse: Callable | None = None
+    """(k, g, beta) to the chunks' (I + diag(beta) L)^-1 diag(beta) [B, HV, chunks, C, C], where the target keeps it."""
 
     @property
     def place(self) -> str:
@@ -177,11 +180,13 @@ def call_tensors(
     do: bool = True,
     dS: bool = True,
     rearrange: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+    allocations: Callable[[], AbstractContextManager] = poisoned_allocations,
 ) -> Result:
-    """Run a target on given tensors: the part of `call` after they are made."""
+    """Run a target on given tensors: the part of `call` after they are made; `allocations` poisons what it allocates.
+    """
     positional = [leaves[name] for name in ("q", "k", "v", "g", "beta")]
     named = {name: x for name, x in leaves.items() if name not in ("q", "k", "v", "g", "beta")}
-    with poisoned_allocations(), torch.set_grad_enabled(backward):
+    with allocations(), torch.set_grad_enabled(backward):
         returned = target.function(*positional, **named, **keywords, output_final_state=final_state)
         o, S = _unpack(returned, final_state)
         starts = _starts(case, o, S, do, dS, target.place, state_v_first) if backward else []
@@ -218,73 +223,18 @@ def _starts(
 def _gradients(case: Case, leaves: dict, starts: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
     names = {"initial_state": "dS0"}
     wanted = {names.get(name, f"d{name}"): x for name, x in leaves.items()}
-    outputs, given = zip(*starts, strict=True)
-    found = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True)
+    if case.T == 0:  # what nothing was computed from has no gradient to give
+        starts = [(x, start) for x, start in starts if x.requires_grad]
+    outputs, given = zip(*starts, strict=True) if starts else ((), ())
+    found = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True) if outputs else []
+    found = found or [None] * len(wanted)
     grads = {name: x.new_zeros(x.shape) if d is None else d for (name, x), d in zip(wanted.items(), found, strict=True)}
     if "ddt_bias" in grads:
         grads["ddt_bias"] = grads["ddt_bias"].reshape(case.HV, case.K)
     return {name: d.detach() for name, d in grads.items()}
 
 
-def resolve(name: str, device: str, config: Path | None = None, contract: str | None = None) -> Target:
-    """Find a target. Raises TargetError for unknown names, modules that do not import, or something not callable."""
-    if ":" in name:
-        return _foreign(name, device, contract)
-    try:
-        impl = table.find(name)
-    except (KeyError, ValueError) as error:
-        raise TargetError(f"{error.args[0]}; or name anybody's kernel as package.module:function") from error
-    if device.split(":")[0] not in impl.devices:
-        raise TargetError(f"{name} runs on {', '.join(impl.devices)}, not on {device}")
-    launch = None if config is None else _configuration(impl, config)
-    return Target(
-        name,
-        lambda *a, **k: impl.call(*a, config=launch, **k),
-        impl.contract,
-        tuple(impl.dtypes),
-        chunks=tuple(impl.chunk_sizes or ()) if launch is None else (),
-        backward=impl.backward,
-        device=device,
-        form=impl.form,
-        named=STANDARD if impl.chunk_sizes and launch is None else STANDARD - {"chunk_size"},
-    )
-
-
-def _configuration(impl: table.Impl, path: Path) -> object:
-    if impl.config is None:
-        raise TargetError(f"--config {path}: {impl.name} has no launch configuration")
-    try:
-        config = impl.config(**json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise TargetError(f"--config {path}: not a launch configuration of {impl.name}: {error}") from error
-    if reason := configs.invalid(config):
-        raise TargetError(f"--config {path}: {reason}")
-    return config
-
-
-def _foreign(name: str, device: str, contract: str | None) -> Target:
-    module_name, _, attribute = name.partition(":")
-    try:
-        function = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            function = getattr(function, part)
-    except (Exception, SystemExit) as error:  # a module may raise anything, or leave, while it is imported
-        raise TargetError(f"{name}: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise TargetError(f"{name}: expected a function with the signature of chunk_kda, got {type(function).__name__}")
-    fixed = (lambda _: default_contract(contract)) if contract else default_contract
-    return Target(
-        name,
-        function,
-        fixed,
-        ("float32", "bfloat16", "float16", "float64"),
-        named=_named(function),
-        foreign=True,
-        device=device,
-    )
-
-
-def _named(function: Callable) -> frozenset[str]:
+def named_keywords(function: Callable) -> frozenset[str]:
     """Return the standard keywords that a function's signature names; a bare **kwargs names none."""
     try:
         return frozenset(inspect.signature(function).parameters) & STANDARD

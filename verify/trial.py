@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from verify import yardstick
-from verify.budget import cost
+from verify.budget import BACKWARD, cost
 from verify.cases import Case
 from verify.exact import UNIT_ROUNDOFF, Dice
 from verify.families import materialise
 from verify.limits import Limits, limits_for
 from verify.plan import Demands
 from verify.recipes import Recipe
+from verify.stopwatch import WATCH
 from verify.targets import Result, Target, call
 from verify.yardstick import Yardstick, rows
 
@@ -73,6 +74,11 @@ class Trial:
         return materialise(self.recipe)
 
     @cached_property
+    def inputs(self) -> str:
+        """The hash of the arguments and of every input bit."""
+        return self.case.digest()
+
+    @cached_property
     def limits(self) -> Limits:
         """Calibrated limits of this contract, dtype and conditioning class."""
         return limits_for(self.contract, self.recipe.dtype, self.recipe.conditioning)
@@ -103,10 +109,14 @@ class Trial:
 
     def run(self, case: Case, **how) -> Result:
         """Call the target on a case, and count it and its work."""
-        self.runs += 1
-        self.units += cost(self.target.form, case)
-        with blame():
+        self.count(case, BACKWARD if how.get("backward") else 1)
+        with blame(), WATCH.on("target"):
             return call(self.target, case, **how)
+
+    def count(self, case: Case, times: int = 1) -> None:
+        """Count a call on a case, and its work, so many times that of a forward."""
+        self.runs += 1
+        self.units += times * cost(self.target.form, case)
 
     def judge(
         self,
@@ -148,8 +158,14 @@ class Trial:
 
     def agree(self, case: Case, result: Result, label: str = "") -> Iterable[Measure]:
         """Measure a result of another case against the definition of that case."""
-        yard = yardstick.measure(case, self.contract, bool(result.grads))
-        yield from self.judge(result.numbers(), yard.exact, yard, label=label)
+        yield from self.agree_numbers(case, result.numbers(), bool(result.grads), label)
+
+    def agree_numbers(
+        self, case: Case, got: dict[str, np.ndarray], backward: bool = False, label: str = ""
+    ) -> Iterable[Measure]:
+        """Do the same for numbers that came from several calls."""
+        yard = yardstick.measure(case, self.contract, backward)
+        yield from self.judge(got, yard.exact, yard, label=label)
 
     def pair(
         self, got: dict[str, np.ndarray], other: dict[str, np.ndarray], yard: Yardstick | None = None

@@ -34,6 +34,7 @@ from verify import bounds, simulators
 from verify.cases import Activation, Case
 from verify.exact import LARGEST, SMALLEST_STEP, UNIT_ROUNDOFF, round_to
 from verify.simulators import Rounding
+from verify.stopwatch import WATCH
 
 OPERAND_SHARE = 0.5
 """Share of an operand's roundoff that the floor grants a kernel with narrow operands. Without it the judge's own
@@ -94,9 +95,14 @@ class Yardstick:
 
 def measure(case: Case, contract: PrecisionContract, backward: bool) -> Yardstick:
     """Run the definition and the simulators on a case."""
+    with WATCH.on("definition"):
+        return _measure(case, contract, backward)
+
+
+def _measure(case: Case, contract: PrecisionContract, backward: bool) -> Yardstick:
     inner = activated(case)
     inputs = inner.inputs()
-    rounding = Rounding(contract.operand, contract.accumulator, contract.stored)
+    rounding = Rounding.of(contract)
     exact, gradients_of = _exact(case, inputs, inner, backward)
     runs = [_simulate(inner, inputs, rounding, C) for C in (1, 16, 64)[: 3 if case.T > 16 else 2]]
     floors, never = _floors(inner, inputs, contract, backward)
@@ -115,7 +121,7 @@ def measure(case: Case, contract: PrecisionContract, backward: bool) -> Yardstic
 def simulate(case: Case, contract: PrecisionContract, C: int) -> dict[str, np.ndarray]:
     """Run a case as a kernel with chunks of C tokens that rounds where the contract says; o and S in their dtypes."""
     inner = activated(case)
-    outputs = _simulate(inner, inner.inputs(), Rounding(contract.operand, contract.accumulator, contract.stored), C)
+    outputs = _simulate(inner, inner.inputs(), Rounding.of(contract), C)
     return {name: round_to(x.astype(np.float64), dtype_of(case, name)) for name, x in outputs.items()}
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,6 +19,11 @@ UNWATCHED = 120
 
 class UsageError(ValueError):
     """A command line that asks for nothing that there is."""
+
+
+def launched() -> bool:
+    """Tell whether torchrun has started this process, without loading torch.distributed to ask."""
+    return "RANK" in os.environ
 
 
 def console(stderr: bool = False) -> Console:

@@ -1,7 +1,13 @@
-"""Continue a text. The answer goes to standard output as it is made, everything else to standard error."""
+"""Continue a text. The answer goes to standard output as it is made, everything else to standard error.
+
+Started by torchrun, the ranks share one model: each reads and holds its part of the heads, experts, columns and words.
+"""
 
 import argparse
+import contextlib
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +15,7 @@ from pathlib import Path
 
 from kimi_linear.chat import ChatTemplate
 from kimi_linear.commands.arguments import (
+    BROKEN,
     DONE,
     UsageError,
     add_device,
@@ -17,7 +24,9 @@ from kimi_linear.commands.arguments import (
     check_device,
     console,
     dtype_of,
+    launched,
     numbers,
+    size,
 )
 from kimi_linear.config import KimiConfig
 from kimi_linear.model import KimiLinear
@@ -32,6 +41,13 @@ prompts    --prompt is taken as it is; with --chat it is what a user says, and t
 examples   python -m kimi_linear generate --model DIR --prompt "Once upon a time" --max-new-tokens 64
            python -m kimi_linear generate --model DIR --chat --prompt "Why is the sky blue?" --temperature 0.6 --seed 1
            python -m kimi_linear generate --model DIR --ids 1,2,3 --json
+           torchrun --nproc-per-node 2 -m kimi_linear generate --model DIR --prompt "Once upon a time"
+           torchrun --nproc-per-node 8 -m kimi_linear generate --model DIR --device cuda --prompt - < question.txt
+
+ranks      Under torchrun --device is cpu (gloo) or cuda (NCCL, each rank its own GPU). Heads, experts, intermediate
+           columns and the vocabulary must be divisible by the number of ranks. Rank 0 speaks; it says how many bytes
+           each of them has read. Ranks that find different tuned configurations or checkpoints are refused. Where a
+           rank ends or hangs the others end too, after --rank-timeout seconds at most, and name it: exit code 1.
 """
 
 
@@ -52,18 +68,37 @@ def configure(p: argparse.ArgumentParser) -> None:
     add_dtype(p, "load in this dtype (default as stored)")
     p.add_argument("--compile", action="store_true", help="compile the decoding step: a minute before the first id")
     p.add_argument("--json", action="store_true", help="print one JSON object per prompt instead of text")
+    p.add_argument("--rank-timeout", type=float, metavar="S", help="under torchrun: wait so long (default 600)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     _check(args)
+    if not launched():
+        return _answered(args, None)
+    from kimi_linear.parallel.job import TIMEOUT, JobError, joined
+
+    try:
+        with joined(args.device, args.rank_timeout or TIMEOUT) as job, _voice(job):
+            return _answered(args, job)
+    except JobError as error:
+        print(f"python -m kimi_linear, rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
+        return BROKEN
+
+
+def _voice(job):
+    """Let rank 0 speak, and the others be quiet but for errors."""
+    return contextlib.nullcontext() if job.first else contextlib.redirect_stdout(io.StringIO())
+
+
+def _answered(args: argparse.Namespace, job) -> int:
+    """Answer alone, or as a rank of a job."""
+    if job is not None:
+        job.agree("their arguments", _asked(args))
     config = KimiConfig.read(args.model)
     tokenizer = None if args.ids else Tokenizer.read(args.model)
-    prompts = [numbers("--ids", text) for text in args.ids] if args.ids else _encoded(args, tokenizer)
-    with bar("reading weights") as progress:
-        model = KimiLinear.from_pretrained(
-            args.model, config=config, dtype=dtype_of(args.dtype), device=args.device, progress=progress
-        )
+    prompts = [numbers("--ids", text) for text in args.ids] if args.ids else _encoded(args, tokenizer, job)
+    model = _loaded(args, config, job)
     if args.compile:
         model.compile_decode()
     stops = {*config.stop_ids, *([tokenizer.eos_id] if tokenizer and tokenizer.eos_id is not None else [])}
@@ -75,8 +110,35 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:  # an option or a prompt that is none
         raise UsageError(str(error)) from error
     first = _shown(args, tokenizer, steps, made, stops)
-    _summary(prompts, made, first - begun, time.perf_counter() - first)
+    if job is None or job.first:
+        _summary(prompts, made, first - begun, time.perf_counter() - first)
     return DONE
+
+
+def _asked(args: argparse.Namespace) -> str:
+    """Return the arguments as they were given; a checkpoint may lie elsewhere on another machine."""
+    given = {name: x for name, x in vars(args).items() if x not in (None, False) and name not in ("run", "model")}
+    return ", ".join(f"{name}={x}" for name, x in sorted(given.items()))
+
+
+def _loaded(args: argparse.Namespace, config: KimiConfig, job) -> KimiLinear:
+    """Read the model, or this rank's share of it, and say what was read by whom."""
+    options = {"config": config, "dtype": dtype_of(args.dtype)}
+    if job is None:
+        with bar("reading weights") as progress:
+            return KimiLinear.from_pretrained(args.model, device=args.device, progress=progress, **options)
+    from kimi_linear.parallel.plan import load
+
+    read = [0]
+
+    def count(done: int, total: int) -> None:
+        read[0] = done
+
+    model = load(args.model, job, progress=count, **options)
+    each = [f"rank {rank} {size(done)}" for rank, done in enumerate(job.everybody(read[0]))]
+    if job.first:
+        console(stderr=True).print(f"weights read: {', '.join(each)}", soft_wrap=True)
+    return model
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -84,11 +146,16 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("expected --prompt or --ids, one of them")
     if (args.ids and args.chat) or (args.system and not args.chat):
         raise UsageError("--chat goes with --prompt, and --system with --chat")
+    if args.rank_timeout is not None and not (launched() and args.rank_timeout > 0):
+        raise UsageError(f"--rank-timeout is a number of seconds above 0 under torchrun, got {args.rank_timeout}")
     check_device(args.device)
 
 
-def _encoded(args: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:
-    texts = [sys.stdin.read() if text == "-" else text for text in args.prompt]
+def _encoded(args: argparse.Namespace, tokenizer: Tokenizer, job) -> list[list[int]]:
+    """Return the prompts' ids; standard input, which ranks have in common, is read by the first one for all."""
+    first = job is None or job.first
+    texts = [(sys.stdin.read() if first else None) if text == "-" else text for text in args.prompt]
+    texts = texts if job is None else job.everybody(texts)[0]
     if not args.chat:
         return [tokenizer.encode(text) for text in texts]
     template = ChatTemplate.read(args.model)

@@ -8,10 +8,15 @@ from types import ModuleType
 import pytest
 import torch
 
-from impls import IMPLEMENTATIONS, unit_roundoff
+from autotune.cases import Case, draw
+from autotune.contest import relative_error
+from impls import IMPLEMENTATIONS, fused_recurrent_kda, unit_roundoff
+from impls.layer_steps import in_one_call
 from impls.peers import PEERS, installed
 from impls.peers.fla import FLA, FLA_RECURRENT, FLA_SAFE_GATE
 from impls.peers.flash_kda import FLASH_KDA
+from impls.peers.layers import FLA_LAYER, TRANSFORMERS_LAYER
+from impls.peers.training import FLA_ROWS, TRANSFORMERS_ROWS
 from impls.table import Impl
 
 ROWS = [row for rows in PEERS.values() for row in rows]
@@ -50,25 +55,10 @@ def fla(monkeypatch):
     passed = {}
 
     def chunk_kda(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale=None,
-        initial_state=None,
-        output_final_state=False,
-        use_qk_l2norm_in_kernel=False,
-        use_gate_in_kernel=False,
-        use_beta_sigmoid_in_kernel=False,
-        allow_neg_eigval=False,
-        safe_gate=False,
-        lower_bound=None,
-        state_v_first=False,
-        cu_seqlens=None,
-        cu_seqlens_cpu=None,
-        **kwargs,
-    ):
+        q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
+        use_gate_in_kernel=False, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, safe_gate=False,
+        lower_bound=None, disable_recompute=False, state_v_first=False, cu_seqlens=None, cu_seqlens_cpu=None, **kwargs,
+    ):  # fmt: skip
         passed.update({**locals(), **kwargs})
         return "o", "state"
 
@@ -112,15 +102,23 @@ def test_nothing_is_installed_here_and_nothing_is_imported_to_know_it(monkeypatc
 
 def test_an_installed_package_brings_its_rows(monkeypatch):
     monkeypatch.setattr("impls.peers.table.find_spec", lambda name: object() if name == "fla" else None)
-    assert installed() == (FLA, FLA_SAFE_GATE, FLA_RECURRENT)
+    assert installed() == (FLA, FLA_SAFE_GATE, FLA_RECURRENT, FLA_LAYER, *FLA_ROWS)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_peer_is_a_row_like_ours_and_not_among_them(row):
     assert isinstance(row, Impl) and row.name not in {own.name for own in IMPLEMENTATIONS}
-    assert row.supports(device="cuda:0", dtype="bfloat16", K=128, V=128) is None
-    assert row.supports(device="cpu", dtype="bfloat16") is not None
+    of_torch = row is TRANSFORMERS_LAYER or row in TRANSFORMERS_ROWS
+    assert row in TRANSFORMERS_ROWS or row.supports(device="cuda:0", dtype="bfloat16", K=128, V=128) is None
+    assert (row.supports(device="cpu", dtype="bfloat16") is None) == of_torch
     assert unit_roundoff(row.contract("bfloat16").inverse) > 0
+
+
+@pytest.mark.parametrize("row", FLA_ROWS, ids=lambda row: row.name)
+def test_a_training_step_of_fla_gets_every_argument_and_whether_to_recompute(fla, row):
+    with pytest.raises(AttributeError, match="'str' object has no attribute 'detach'"):  # the stand-in computes nothing
+        row.load()(**tensors(), A_log=torch.zeros(2), dt_bias=torch.zeros(256), do=torch.zeros(1, 6, 2, 128), **FUSED)
+    assert fla["safe_gate"] == ("safe_gate" in row.name) and fla["disable_recompute"] == ("saving" in row.name)
 
 
 @pytest.mark.parametrize(("row", "safe"), [(FLA, False), (FLA_SAFE_GATE, True)], ids=lambda x: getattr(x, "name", x))
@@ -197,3 +195,26 @@ def test_flash_kda_refuses_what_it_would_ignore(flash, changes, message):
 def test_flash_kda_takes_no_unknown_keyword(flash):
     with pytest.raises(TypeError, match="takes no chunk_size"):
         FLASH_KDA.load()(**asked(chunk_size=16))
+
+
+def test_a_layer_of_fla_is_put_together_as_its_own_module_does(monkeypatch):
+    """By stand-ins that compute what fla-core 0.6.0 does, whose kernels were run interpreted on the same tensors."""
+
+    def update(x, cache, residual=None, weight=None, bias=None, activation=None):
+        cache.copy_(torch.cat((cache[:, :, 1:], x.mT), 2))
+        return torch.nn.functional.silu((cache * weight).sum(2))[:, None], cache
+
+    def gated(x, g, weight, bias, activation="swish", eps=1e-6):
+        assert activation == "sigmoid" and bias is None
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, eps) * g.sigmoid()
+
+    plant(monkeypatch, "fla.modules.causal_conv1d.ops", causal_conv1d_update=update)
+    plant(monkeypatch, "fla.modules.norm.fused_norm_gate", rms_norm_gated=gated)
+    plant(monkeypatch, "fla.ops.kda", fused_recurrent_kda=fused_recurrent_kda)
+    case = Case("layer", 3, 1, 2, 16, 16, forms=("layer",), initial=True)
+    arguments = draw(case, "cpu", "float32")
+    before = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+    expected = in_one_call(**arguments)
+    for found, exact in zip(FLA_LAYER.call(**arguments), expected, strict=True):
+        assert relative_error(found, exact) < 1e-6
+    assert all(torch.equal(arguments[name], x) for name, x in before.items())

@@ -10,7 +10,7 @@ import pytest
 from autotune import provenance, show
 from autotune.__main__ import main, parser
 from autotune.outcomes import NOTHING, PASS, USAGE
-from impls import ChunkTritonConfig, tuned
+from impls import IMPLEMENTATIONS, ChunkTritonConfig, tuned
 from impls.targets import TARGETS
 
 SHAPE = tuned.Shape(8192, 1, 64, 128, 128, "bfloat16", False)
@@ -70,7 +70,9 @@ def test_on_a_gpu_all_rows_are_explained_and_what_is_missing_comes_with_its_comm
         warnings.simplefilter("error")
         assert main(["show", *ASKED]) == NOTHING
     told = capsys.readouterr().out
-    assert all(name in told for name in tuned.KINDS)
+    assert all(row.name in told for row in IMPLEMENTATIONS) and "dplr" not in told
+    assert main(["show", "--op", "dplr_triton", *ASKED]) == NOTHING
+    assert "dplr_triton" in capsys.readouterr().out
     assert f"to tune it: {tuned.command('recurrent_triton', 'cuda:0', SHAPE)}" in told
 
 

@@ -11,11 +11,13 @@ from autotune.__main__ import main
 from autotune.arguments import implementation_of, problem_of
 from autotune.ledger import Ledger
 from autotune.outcomes import PASS, USAGE, UsageError
+from autotune.replay import Recorded
 from autotune.search import Search
 from autotune.space import Setting, space_of
 
 TABLE = Path(__file__).with_name("trials-chunk-torch-4096.json")
-SPACE = space_of(implementation_of("chunk_torch"), Setting(problem_of("T=4096,H=16", "float32")))
+SETTING = Setting(problem_of("T=4096,H=16", "float32"))
+SPACE = space_of(implementation_of("chunk_torch"), SETTING, Recorded(TABLE).fixed)
 
 SECRET = "hunter2"
 REFUSED = {

@@ -1,16 +1,14 @@
 """Run Kimi Linear for a timing, ours or transformers', each in a process of its own; what is timed is asked by line."""
 
-import contextlib
 import functools
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
+from processes import apart
 
 VOCABULARY = 256
 """Ids are drawn below it: any model has them."""
@@ -95,27 +93,5 @@ def seconds(call: Callable) -> float:
     return time.perf_counter() - begun
 
 
-@contextlib.contextmanager
-def apart(entrant: str, folder: Path) -> Iterator[Callable[[str], float]]:
-    """Yield a function that has a process of the entrant's own time what a line asks for."""
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from model_entrants import serve; serve(*sys.argv[1:])", entrant, folder],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def answer(line: str | None = None) -> str:
-        if line:
-            print(line, file=process.stdin, flush=True)
-        if not (found := process.stdout.readline()):
-            raise RuntimeError(f"{entrant} ended with status {process.wait()}")
-        return found
-
-    with process:
-        answer()
-        yield lambda line: float(answer(line))
-        process.stdin.close()
+serving = functools.partial(apart, "import sys; from model_entrants import serve; serve(*sys.argv[1:])")
+"""Serves an entrant and the folder of a checkpoint in a process of its own."""

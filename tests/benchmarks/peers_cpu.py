@@ -4,18 +4,15 @@ A peer runs in a process of its own, as its users have it. In ours its tensors w
 the C library keeps: a decode step of transformers takes 0.22 ms there and 2.5 ms alone.
 """
 
-import contextlib
 import inspect
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from cases_cpu import Case, draw
+from processes import apart
 
 Call = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -75,32 +72,13 @@ training = case in TRAINING
 run = (trained if training else called)(case, sys.argv[2])
 torch.set_grad_enabled(training)
 run()
+print("ready", flush=True)
 for _ in sys.stdin:
     print(in_a_row(run, case.calls), flush=True)
 """
-
-
-@contextlib.contextmanager
-def apart(case: Case, name: str) -> Iterator[Callable[[], float]]:
-    """Yield a function that times a peer's call, or its training step, in seconds, in a process of its own."""
-    paths = os.pathsep.join([str(Path(__file__).parent), os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVING, case.name, name],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def timed() -> float:
-        print(file=process.stdin, flush=True)
-        if not (line := process.stdout.readline()):
-            raise RuntimeError(f"{name} ended with status {process.wait()} on {case.name}")
-        return float(line)
-
-    with process:
-        yield timed
-        process.stdin.close()
+serving = partial(apart, SERVING)
+"""Serves the name of a case and a peer in a process of its own, which answers with the seconds of a call or a training
+step whatever it is told."""
 
 
 def one_by_one(function: Call, bounds: list[int]) -> Call:

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from baselines import row
 from cases_cpu import CASES, Case, draw
-from limits_cpu import in_a_row, measured, repeated, seconds
-from peers_cpu import apart, called
+from limits_cpu import in_a_row, repeated, seconds
+from peers_cpu import called, serving
+from stored import keep
 
-from autotune.timing import Spread, ratio
+from autotune.timing import Spread
 from impls import ChunkTorchConfig, RecurrentTorchConfig, kda, pages
 from kda_spec import costs
 
@@ -90,7 +92,7 @@ def test_case(benchmark, found, threads, case):
         for peer in (case.peer, *case.others):
             if (run := called(case, peer)) is not None:
                 assert agree(case, expected, run())
-                others[peer] = processes.enter_context(apart(case, peer))
+                others[peer] = partial(processes.enter_context(serving(case.name, peer)), "")
         samples, turn = {other: {} for other in others}, iter(range(10**6))
 
         def round_of_the_others():
@@ -103,21 +105,8 @@ def test_case(benchmark, found, threads, case):
         several = partial(repeated, call, case.calls)
         benchmark.pedantic(several, setup=round_of_the_others, rounds=case.rounds, iterations=1)
     mine = dict(enumerate(x * 1e3 / case.calls for x in benchmark.stats.stats.data))
-    if "machine" not in found:
-        found["machine"] = measured()
-    spread = Spread.of(list(mine.values()))
-    found["cases"].append(
-        {
-            "name": case.name,
-            "shape": {"B": case.B, "T": case.T, "H": case.H, "K": 128, "V": 128, "lengths": case.lengths},
-            "dtype": case.dtype,
-            "peer": case.peer,
-            "asked": case.asked,
-            "ms": {"ours": spread.to_json()} | {x: Spread.of(list(y.values())).to_json() for x, y in samples.items()},
-            "ratios": {x: ratio(y, mine).to_json() for x, y in samples.items()},
-            **shares(case, spread.median, found["machine"]),
-        }
-    )
+    kind = "decode" if case.T == 1 else "prefill"
+    keep(found, f"{kind} {case.name.removeprefix('decode-')}", case, mine, samples, shares)
 
 
 def test_time_grows_linearly(found, threads):
@@ -128,7 +117,9 @@ def test_time_grows_linearly(found, threads):
         short()
         long()  # the first time the system has to find 2.5 GiB: the outputs alone took 1.7 s
         pairs = [(seconds(short), seconds(long), seconds(short)) for _ in range(3)]
-    growth = Spread.of([2 * long / (before + after) for before, long, after in pairs])
+    times = [2 * long / (before + after) for before, long, after in pairs]
+    growth = Spread.of(times)
+    found["rows"].append(row("prefill T=65536 over T=4096", "times", dict(enumerate(times))))
     found["growth"] = {"T=65536 over T=4096": growth.median, "least": growth.least, "most": growth.most}
 
 
@@ -174,6 +165,7 @@ def child(script: str, **environment: str) -> dict:
 def test_memory_beside_inputs_and_outputs(found, threads):
     extra = child(MEMORY)
     found["memory"] = {f"MiB at T={T}": x for T, x in extra.items()}
+    found["rows"] += [row(f"memory beside inputs and outputs, T={T}", "MiB", {0: x}) for T, x in extra.items()]
     assert all(0 < x <= EXTRA_MIB for x in extra.values())
 
 
@@ -199,4 +191,5 @@ def test_compiling(found, threads, tmp_path):
         seconds_of = child(COMPILING, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
         found.setdefault("compiling", {}).update({f"{name} {kind} s": x for name, x in seconds_of.items()})
         kept.append({path.name for path in tmp_path.rglob("*.so")})
+    found["rows"] += [row(f"first call: {name[:-2]}", "s", {0: x}) for name, x in found["compiling"].items()]
     assert kept[0] and kept[0] == kept[1]  # the second process has compiled nothing

@@ -10,10 +10,10 @@ from functools import partial
 
 import pytest
 from cases_cpu import TRAINING
-from limits_cpu import in_a_row, measured
-from peers_cpu import apart, step_of, trained
+from limits_cpu import in_a_row
+from peers_cpu import serving, step_of, trained
+from stored import keep
 
-from autotune.timing import Spread, ratio
 from impls import ChunkTorchConfig, kda
 from kda_spec import costs
 
@@ -41,10 +41,11 @@ def agree(expected, found) -> bool:
     return all((x - y).norm() <= DIFFERENCE * y.norm() for x, y in zip(found, expected, strict=True))
 
 
-def share_of_copy(case, median_ms: float, machine: dict) -> float:
+def shares(case, median_ms: float, machine: dict) -> dict[str, float | None]:
     """Return the share of a copy's bandwidth that is used, if all is read and written once each way."""
     forward = costs.minimal_bytes(case.sizes, case.dtype, initial_state=False, final_state=False)
-    return 2 * forward / median_ms * 1e3 / machine["copy_bytes_per_second"]
+    moved = 2 * forward / median_ms * 1e3
+    return {"share_of_products": None, "share_of_copy": moved / machine["copy_bytes_per_second"]}
 
 
 @pytest.mark.parametrize("case", TRAINING, ids=lambda case: case.name)
@@ -57,7 +58,7 @@ def test_training_step(benchmark, found, threads, case):
         for peer in (case.peer, *case.others):
             if (run := trained(case, peer)) is not None:
                 assert not case.asked or agree(expected, run())  # the long case takes 16 GB: in one process only
-                others[peer] = processes.enter_context(apart(case, peer))
+                others[peer] = partial(processes.enter_context(serving(case.name, peer)), "")
         samples, turn = {other: {} for other in others}, iter(range(10**6))
 
         def round_of_the_others():
@@ -69,18 +70,4 @@ def test_training_step(benchmark, found, threads, case):
 
         benchmark.pedantic(step, setup=round_of_the_others, rounds=case.rounds, iterations=1)
     mine = dict(enumerate(x * 1e3 for x in benchmark.stats.stats.data))
-    found.setdefault("machine", measured())
-    spread = Spread.of(list(mine.values()))
-    found["cases"].append(
-        {
-            "name": case.name,
-            "shape": {"B": case.B, "T": case.T, "H": case.H, "K": 128, "V": 128, "lengths": case.lengths},
-            "dtype": case.dtype,
-            "peer": case.peer,
-            "asked": case.asked,
-            "ms": {"ours": spread.to_json()} | {x: Spread.of(list(y.values())).to_json() for x, y in samples.items()},
-            "ratios": {x: ratio(y, mine).to_json() for x, y in samples.items()},
-            "share_of_products": None,
-            "share_of_copy": share_of_copy(case, spread.median, found["machine"]),
-        }
-    )
+    keep(found, f"training step {case.name.removeprefix('train-')}", case, mine, samples, shares)

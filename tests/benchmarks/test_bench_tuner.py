@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from baselines import row
 
 from autotune.cases import Case
 from autotune.clock import Bench, Clock
@@ -93,7 +94,7 @@ def searching(folder: Path) -> Search:
     return Search(space, folder / "study.journal", "cost", first=(ChunkTorchConfig(),))
 
 
-def test_trials(benchmark, tuner, threads, tmp_path):
+def test_trials(benchmark, found, tuner, threads, tmp_path):
     """Trials as the tuner makes them, and each configuration measured once more without it, in turns."""
     timer = Clock(Bench("chunk_torch", CASE, "float32", "cpu", threads), ChunkTorchConfig(), Box(1e6))
     timer.watch, stages = Watched(timer.watch), ("propose and keep", "check", "time")
@@ -121,6 +122,8 @@ def test_trials(benchmark, tuner, threads, tmp_path):
     with searching(tmp_path) as search:
         benchmark.pedantic(trial, args=(search,), rounds=TRIALS, iterations=1)
         tuner["points"] = search.size
+    own, alone_ms = ({i: 1e3 * x for i, x in enumerate(parts[name])} for name in ("propose and keep", "alone"))
+    found["rows"].append(row("tuner: what it adds to a trial", "ms", own, {"measuring alone": alone_ms}))
     measuring = sum(parts["alone"])
     tuner["overhead"] = {
         "proposing and keeping over measuring": sum(parts["propose and keep"]) / measuring,

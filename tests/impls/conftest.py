@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from impls.plan import Launch
 from verify import interpreter
 
 if interpreter.installed():
@@ -24,6 +25,19 @@ def draw_inputs(B, T, H, HV, K, V, dtype=torch.float32, seed=0, resets=False):
         g[:, 3::7, :, : K // 2] = -torch.inf
     beta = torch.rand(B, T, HV, generator=draw, dtype=torch.float64)
     return tuple(x.to(dtype) for x in (q, k, normal(B, T, HV, V), g, beta))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Return the names of the kernels that are launched, in order."""
+    names, run = [], Launch.run
+
+    def noted(self, buffers, scalars):
+        names.append(self.name)
+        run(self, buffers, scalars)
+
+    monkeypatch.setattr(Launch, "run", noted)
+    return names
 
 
 @pytest.fixture

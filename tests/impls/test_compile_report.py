@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from impls import chunk_triton
 from impls.assembly import Instruction, counts, gcn, products, sass
 from impls.compile_report import KERNELS, Row, main, reference
-from impls.compiler_triton import signature
+from impls.compiler_triton import Job, signature
 from impls.configs import ChunkTritonConfig
 from impls.plan import ITEMSIZE
 from impls.targets import named
@@ -146,10 +145,10 @@ def test_argparse_exits_with_2():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("segments", [1, 4])
-def test_pointers_have_the_dtypes_of_the_workspace(dtype, segments):
+@pytest.mark.parametrize("config", [ChunkTritonConfig(segments=1), ChunkTritonConfig(segments=4), None])
+def test_pointers_have_the_dtypes_of_the_workspace(dtype, config):
     problem = replace(reference(128, dtype), packed=True, keeps=True)
-    plan = chunk_triton.plan(problem, ChunkTritonConfig(segments=segments), SM_90)
+    plan = Job(problem, config, SM_90, "").plan
     bits = {"*fp32": 4, "*bf16": 2, "*fp16": 2, "*i64": 8}
     for launch in plan.launches:
         types = signature(launch, problem)

@@ -18,6 +18,8 @@ H, HV, K, V, S, W, R = 1, 2, 3, 4, 8, 3, 6
 SIZES = {"q": (H, K), "k": (H, K), "v": (HV, V), "g": (HV, K), "beta": (HV,)}
 BOUND = 1e-6
 """Relative to the norm of what is compared: twice the worst of 1,651 comparisons, 4.9e-7."""
+GAP = 5
+"""Elements of a page behind the state."""
 MOST = 3
 """Tokens of a speculative step."""
 
@@ -25,8 +27,9 @@ MOST = 3
 class Sequence:
     """What the definition knows of a sequence: its raw tokens, those not yet accepted last, and where it lies."""
 
-    def __init__(self, slots: list[int]):
-        self.slots, self.tokens, self.pending = slots, {name: np.zeros((0, *x)) for name, x in SIZES.items()}, 0
+    def __init__(self, slot: int, ring: int):
+        self.slots, self.ring, self.pending = [slot], ring, 0
+        self.tokens = {name: np.zeros((0, *x)) for name, x in SIZES.items()}
 
     def take(self, tokens: dict[str, np.ndarray]) -> None:
         self.tokens = {name: np.concatenate((x, tokens[name])) for name, x in self.tokens.items()}
@@ -40,7 +43,7 @@ class Sequence:
 
 
 class Pool(RuleBasedStateMachine):
-    """Slots of a pool, with NaN in those that are free: whoever reads a stale state is seen."""
+    """Pages of states and a pool of rings, NaN in what is free and between: whoever reads or writes there is seen."""
 
     implementation = ""
 
@@ -49,9 +52,12 @@ class Pool(RuleBasedStateMachine):
         self.random = np.random.default_rng(seed)
         self.A_log, self.dt_bias = self.random.normal(size=HV), self.random.normal(size=HV * K)
         self.weights = {name: self.random.normal(size=(np.prod(SIZES[name]), W)) for name in "qkv"}
-        self.state = torch.full((S, HV, K, V), torch.nan)
-        self.rings = {name: torch.full((S, R, len(x)), torch.nan) for name, x in self.weights.items()}
-        self.free, self.live = list(range(S)), []
+        self.pages = torch.full((S, HV * K * V + GAP), torch.nan)
+        self.state = self.pages[:, :-GAP].view(S, HV, K, V)
+        widths = [len(x) for x in self.weights.values()]
+        rings = torch.full((S, R, sum(widths)), torch.nan).split(widths, 2)
+        self.rings = dict(zip(self.weights, rings, strict=True))
+        self.free, self.free_rings, self.live = list(range(S)), list(range(S))[::-1], []
 
     def drawn(self, T: int) -> dict[str, np.ndarray]:
         return {name: np.float32(self.random.normal(size=(T, *x))).astype(float) for name, x in SIZES.items()}
@@ -72,7 +78,7 @@ class Pool(RuleBasedStateMachine):
     @rule(T=st.integers(1, 4))
     def prefill(self, T):
         """Take a free slot, run a prompt outside of the pool, and put in what it leaves."""
-        sequence = Sequence([self.free.pop(0)])
+        sequence = Sequence(self.free.pop(0), self.free_rings.pop(0))
         sequence.take(self.drawn(T))
         inputs = [torch.from_numpy(np.float32(x)) for x in self.activated(sequence)]
         _, final = fused_recurrent_kda(*inputs, output_final_state=True)
@@ -80,12 +86,13 @@ class Pool(RuleBasedStateMachine):
         self.state[slot] = final[0]
         for name, ring in self.rings.items():
             for p in range(max(0, T - W + 1), T):
-                ring[slot, p % R] = torch.from_numpy(np.float32(sequence.tokens[name][p].ravel()))
+                ring[sequence.ring, p % R] = torch.from_numpy(np.float32(sequence.tokens[name][p].ravel()))
         self.live.append(sequence)
 
     def convolution(self, batch: list[Sequence | None], before: list[int]) -> ShortConvolution:
         weights = [torch.from_numpy(np.float32(self.weights[name])) for name in "qkv"]
-        return ShortConvolution(*weights, *(self.rings[name] for name in "qkv"), torch.tensor(before))
+        named = torch.tensor([x.ring if x else -1 for x in batch])
+        return ShortConvolution(*weights, *(self.rings[name] for name in "qkv"), torch.tensor(before), named)
 
     def stepped(self, batch: list[Sequence | None], T: int, indices: torch.Tensor, accepted=None) -> None:
         """Take T new tokens for every sequence of a batch, None being padding, and compare."""
@@ -143,38 +150,42 @@ class Pool(RuleBasedStateMachine):
     @precondition(lambda self: [x for x in self.live if x.pending])
     @rule(accepted=st.integers(1, MOST), data=st.data())
     def settle(self, accepted, data):
-        """Accept tokens, and go on without speculating: the state moves to the first slot, where the ring is."""
+        """Accept tokens, and go on without speculating from the slot of the last one; the ring stays the sequence's."""
         sequence = data.draw(st.sampled_from([x for x in self.live if x.pending]))
         sequence.drop(sequence.pending - accepted)
-        first, *others = sequence.slots
-        self.state[first] = self.state[sequence.slots[accepted - 1]].clone()
-        self.state[others] = torch.nan
-        self.free += others
-        sequence.slots, sequence.pending = [first], 0
+        kept = sequence.slots.pop(accepted - 1)
+        self.state[sequence.slots] = torch.nan
+        self.free += sequence.slots
+        sequence.slots, sequence.pending = [kept], 0
 
     @precondition(lambda self: self.settled() and self.free)
     @rule(data=st.data())
     def fork(self, data):
-        """Copy a slot: both go their own ways from there."""
-        old, slot = data.draw(st.sampled_from(self.settled())), self.free.pop(0)
-        new = Sequence([slot])
+        """Copy a state and a ring: both go their own ways from there."""
+        old = data.draw(st.sampled_from(self.settled()))
+        new = Sequence(self.free.pop(0), self.free_rings.pop(0))
         new.take(old.tokens)
-        for pool in (self.state, *self.rings.values()):
-            pool[slot] = pool[old.slots[0]]
+        self.state[new.slots[0]] = self.state[old.slots[0]]
+        for ring in self.rings.values():
+            ring[new.ring] = ring[old.ring]
         self.live.append(new)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def end(self, data):
-        """Give the slots of a sequence back, poisoned."""
+        """Give the slots and the ring of a sequence back, poisoned."""
         sequence = data.draw(st.sampled_from(self.live))
         self.live.remove(sequence)
         self.free += sequence.slots
-        for pool in (self.state, *self.rings.values()):
-            pool[sequence.slots] = torch.nan
+        self.free_rings.append(sequence.ring)
+        self.state[sequence.slots] = torch.nan
+        for ring in self.rings.values():
+            ring[sequence.ring] = torch.nan
 
     def teardown(self):
-        """Compare the state of every sequence that is left, too."""
+        """Compare the state of every sequence that is left, too, and what lies where nobody is."""
+        if hasattr(self, "pages"):
+            assert self.pages[:, -GAP:].isnan().all() and self.state[self.free].isnan().all()
         for sequence in getattr(self, "live", []):
             if not sequence.pending:
                 self.compare(self.state[sequence.slots[0]], self.expected(sequence).final_state[0])

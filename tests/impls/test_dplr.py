@@ -11,6 +11,7 @@ import torch
 
 import kda_spec
 from impls import chunk_kda, dplr_torch
+from impls.configs import DplrTorchConfig
 from impls.dplr_checks import Dplr
 from impls.dplr_ops import FORMS, dplr
 from kda_spec.family import FAMILY, Parameters
@@ -130,9 +131,8 @@ def test_every_member_of_the_family_runs(name, member):
     assert_close(S, exact[1], 2 * FLOAT32)
 
 
-def test_gradients_are_those_of_the_recurrence(monkeypatch):
+def test_gradients_are_those_of_the_recurrence():
     """In blocks of 16 tokens, with gates of -inf: autograd of the plain recurrence in float64."""
-    monkeypatch.setattr(dplr_torch, "BLOCK_TOKENS", 16)
     tokens = [x.requires_grad_() for x in drawn(2, 45, 2, 4, 3, torch.float64)]
     S0 = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     q, k, v, a, b, g = tokens
@@ -141,7 +141,8 @@ def test_gradients_are_those_of_the_recurrence(monkeypatch):
         x = torch.einsum("bhk,bhkv->bhv", b[:, t], S)
         S = alpha[:, t, :, :, None] * S - a[:, t, :, :, None] * x[:, :, None] + k[:, t, :, :, None] * v[:, t, :, None]
         o.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S))
-    found = dplr(*tokens, initial_state=S0, scale=1.0, output_final_state=True)
+    blocks = DplrTorchConfig(block_tokens=16)
+    found = dplr(*tokens, initial_state=S0, scale=1.0, output_final_state=True, config=blocks)
     weights = [torch.randn_like(x) for x in found]
     of = [torch.autograd.grad([x for x in pair], [*tokens, S0], weights) for pair in (found, (torch.stack(o, 1), S))]
     for ours, exact in zip(*of, strict=True):
@@ -173,6 +174,7 @@ REFUSED = {
     "k": ({"k": torch.zeros(1, 4, 1, 3)}, ValueError, r"k must have shape \[B, T, H, K\]"),
     "a": ({"a": torch.zeros(1, 4, 1, 2).double()}, TypeError, "a must be one of float32, got float64"),
     "chunk_size": ({"chunk_size": 8}, ValueError, "chunk_size must be one of 16, 32, 64, got 8"),
+    "chunk_size by a float": ({"chunk_size": 16.0}, ValueError, "chunk_size must be one of 16, 32, 64, got 16.0"),
     "implementation": ({"implementation": "dplr_cuda"}, KeyError, "known: dplr_torch, dplr_triton"),
     "state": ({"initial_state": torch.zeros(1, 1, 2, 2).int()}, TypeError, "initial_state must be one of float32"),
     "gradients": ({"g": torch.zeros(1, 4, 1, 2, requires_grad=True), "implementation": "dplr_triton"}, ValueError,
@@ -199,10 +201,11 @@ COMPILING = """
 from impls import dplr_triton
 from impls.compiler_triton import compiled
 from impls.plan import Problem
+from impls.defaults import default_dplr
 from impls.targets import TARGETS
 target = TARGETS["sm_90"]
 problem = Problem(B=1, T=64, N=1, H=1, HV=1, K=128, V=128, dtype="bfloat16", initial=True, final=True)
-walk = dplr_triton.plan(problem, dplr_triton.default(problem, target, 64), target).launches[1]
+walk = dplr_triton.plan(problem, default_dplr(128, 128, "bfloat16", target, 64), target).launches[1]
 print(compiled(walk, problem, target).shared_memory, target.shared_memory)
 """
 

@@ -56,6 +56,21 @@ def test_the_bound_holds_and_is_near(target, dtype, K, C, BV, warps, stages, mea
 
 
 @pytest.mark.parametrize(
+    ("target", "dtype", "BV", "warps", "stages", "measured"),
+    [
+        ("sm_80", "bfloat16", 32, 8, 2, 20480), ("sm_90", "bfloat16", 64, 4, 3, 34816),
+        ("sm_90", "float16", 64, 8, 2, 118784),
+        ("sm_100", "float16", 64, 8, 1, 24576), ("sm_90", "float32", 16, 8, 2, 34816),
+        ("gfx942", "bfloat16", 16, 1, 2, 12800),
+    ],
+)  # fmt: skip
+def test_the_bound_of_a_forward_that_saves_holds(target, dtype, BV, warps, stages, measured):
+    config = ChunkTritonConfig(value_tile=BV, walk_warps=warps, walk_stages=stages, saves=True)
+    found = shared_memory(config, reference(128, dtype), named(target))
+    assert found.keys() == {"within", "replay"} and measured <= found["replay"] <= 5 * measured
+
+
+@pytest.mark.parametrize(
     ("K", "C", "tiles", "warps", "measured"),
     [
         (128, 16, 1, 2, 8192), (128, 32, 2, 2, 13312), (128, 32, 1, 4, 16384), (16, 32, 1, 8, 12288),

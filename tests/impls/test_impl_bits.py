@@ -203,11 +203,17 @@ def test_nan_in_a_packed_sequence_reaches_no_other(draw, draw_state, segments):
     assert torch.equal(found_S[[0, 2, 3]], S[[0, 2, 3]])
 
 
-@pytest.mark.parametrize("name", [row.name for row in IMPLEMENTATIONS if row.backward])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (row.name, dtype)
+        for row in IMPLEMENTATIONS if row.backward
+        for dtype in ("float32", "bfloat16", "float64") if dtype in row.dtypes
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("bound", [None, -5.0])
 def test_asking_for_a_gradient_changes_no_bit(draw, draw_state, name, dtype, bound):
-    q, k, v, g, beta = draw(1, 150, 2, 4, 20, 5, dtype)
+    q, k, v, g, beta = draw(1, 150, 2, 4, 20, 5, getattr(torch, dtype))
     packing, S0 = torch.tensor([0, 1, 70, 150]), draw_state(3, 4, 5, 20)
     keywords = {
         "use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True,

@@ -269,7 +269,7 @@ def test_where_no_row_supports_the_inputs_every_one_says_why():
         chosen(form="chunk", dtype="int8")
     reasons = "; ".join(row.supports(form="chunk", dtype="int8") for row in impls.IMPLEMENTATIONS)
     assert str(raised.value) == f"no implementation supports these inputs: {reasons}"
-    assert chosen(form="chunk", device="cuda", backward=True) is find("chunk_torch")
+    assert chosen(form="chunk", device="cuda", backward=True) is find("chunk_triton")
     assert chosen(form="chunk", device="cpu") is find("chunk_torch")
 
 

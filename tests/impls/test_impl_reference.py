@@ -164,7 +164,8 @@ print(all(torch.equal(x, eager) for x in found))
 
 
 def chunk_torch_with(**environment):
-    run = subprocess.run([sys.executable, "-c", RUN], env=os.environ | environment, capture_output=True, text=True)
+    environment = os.environ | {"KDA_TUNED": "0"} | environment
+    run = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True)
     return run.returncode, run.stdout.splitlines(), run.stderr
 
 

@@ -47,15 +47,9 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> list[dict[str, str]]:
+def told(differently_tuned) -> list[dict[str, str]]:
     """Return what both ranks say with equal files, with another file for rank 1, and where rank 1 cannot read it."""
-    folder = tmp_path_factory.mktemp("ranks")
-    for rank, T in enumerate((4096, 8192)):
-        data = json.loads((tuned.PACKAGED / tuned.GENERIC / "chunk_torch.json").read_text())
-        data["entries"][0]["shape"]["T"] = T
-        path = tuned.path_of(folder / str(rank), "chunk_torch", tuned.GENERIC)
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(data))
+    folder = differently_tuned
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "KDA_CONFIG_DIR": str(folder / "0")}
     processes = [
         subprocess.Popen(

@@ -12,7 +12,7 @@ from impls import chunk_triton, recurrent_triton
 from impls.configs import ChunkTritonConfig, RecurrentTritonConfig
 from impls.defaults import default_chunk
 from impls.targets import named
-from impls.traffic import WRITTEN, case, counted, minimum, total
+from impls.traffic import WRITTEN, case, counted, minimum, total, training
 
 ROOT = Path(__file__).resolve().parents[2]
 SM_90 = named("sm_90")
@@ -106,3 +106,46 @@ def test_the_command_prints_a_table():
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("total") == 5
+
+
+def backward_rows(saves, **sizes):
+    problem = replace(case(T=1024, H=1), initial=False, final=False, **sizes)
+    rows = training("case", problem, SM_90, saves)
+    return {launch.name: launch for _, launch, _ in rows}, rows[-1]
+
+
+def test_every_tensor_of_a_backward_counts_once():
+    # H = 1, K = V = 128, T = 1024, bfloat16: a tensor like q has 256 KiB, the states 8 times that
+    q, square, last, strength, beta, bias = 2**18, 2**15, 2**15, 2**12, 2**11, 4 + 512
+    found, _ = backward_rows(saves=False)
+    assert found["within"].read == 3 * q + beta + bias
+    assert found["within"].written == 3 * q + 3 * square + last + strength
+    assert found["replay"].read == 3 * q + square + last + strength
+    assert found["replay"].written == 9 * q
+    assert found["walk_back"].read == 4 * q + 2 * square + last + strength
+    assert found["walk_back"].written == 10 * q
+    assert found["token_gradients"].read == 3 * q + q + 18 * q + strength + bias
+    assert found["token_gradients"].written == 3 * q + beta + 64 * (4 + 512)
+    assert found["parameters"].read == 64 * (4 + 512) and found["parameters"].written == bias
+
+
+def test_saving_moves_less_than_recomputing_and_says_what_it_keeps():
+    (saving, (name, both, _)), (recomputing, (other, alone, _)) = (backward_rows(saves) for saves in (True, False))
+    forward = total(counts(replace(case(T=1024, H=1), initial=False, final=False), C16))
+    assert both.launches == 5 and alone.launches == 5
+    assert both.moved < alone.moved + forward.moved and both.flops < alone.flops + forward.flops
+    assert saving["replay"].flops > recomputing["replay"].flops
+    assert (name, other) == ("case: 2 MB, 3 saved", "case: 6 MB")
+
+
+def test_value_heads_that_share_a_key_ask_for_it_again():
+    found, _ = backward_rows(saves=False, HV=4)
+    alone, _ = backward_rows(saves=False)
+    assert found["within"].requested == 4 * alone["within"].requested
+    assert found["token_gradients"].flops == 4 * alone["token_gradients"].flops
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_products_of_a_backward_are_those_of_the_form_or_more(saves):
+    _, (_, found, least) = backward_rows(saves)
+    assert 1 <= found.flops / least.flops < 2

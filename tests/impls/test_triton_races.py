@@ -76,6 +76,25 @@ def test_what_a_program_stores_no_other_of_its_launch_stores_or_reads(
         state_v_first=v_first, **asked,
     )  # fmt: skip
     assert [trace.name for trace in traces] == launches
+    assert_apart(traces)
+
+
+@pytest.mark.parametrize("bounds, v_first", [(None, False), ((0, 0, 65, 65, 66), True)], ids=["padded", "packed"])
+def test_nor_on_the_way_back(draw, draw_state, traces, bounds, v_first):
+    N, K, V = 1 if bounds is None else len(bounds) - 1, 17, 40
+    S0, packing = draw_state(N, 2, *((V, K) if v_first else (K, V))), None if bounds is None else torch.tensor(bounds)
+    leaves = [x.requires_grad_() for x in (*draw(1, 66, 1, 2, K, V), S0, torch.zeros(2), torch.zeros(2 * K))]
+    o, S = kda(
+        *leaves[:5], implementation="chunk_triton", initial_state=S0, A_log=leaves[6], dt_bias=leaves[7],
+        cu_seqlens=packing, state_v_first=v_first, output_final_state=True, use_gate_in_kernel=True,
+    )  # fmt: skip
+    traces.clear()
+    (o.sum() + S.sum()).backward()
+    assert [trace.name for trace in traces] == ["within", "replay", "walk_back", "token_gradients", "parameters"]
+    assert_apart(traces)
+
+
+def assert_apart(traces):
     for trace in traces:
         owner = {address: program for program, stored in trace.stored.items() for address in stored}
         assert len(trace.stored) > 1 and len(owner) == sum(map(len, trace.stored.values()))

@@ -33,9 +33,9 @@ def refused(error, message, name, inputs, **keywords):
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("which", range(6))
-def test_inputs_that_want_a_gradient_are_refused_and_without_autograd_are_not(draw, draw_state, name, which):
+def test_inputs_that_want_a_gradient_are_refused_and_without_autograd_are_not(draw, draw_state, which):
+    name = "recurrent_triton"
     inputs = [*draw(1, 3, 1, 1, 2, 2), draw_state(1, 1, 2, 2)]
     inputs[which].requires_grad_()
     refused(ValueError, f"{name} has no backward", name, inputs[:5], initial_state=inputs[5])
@@ -43,12 +43,12 @@ def test_inputs_that_want_a_gradient_are_refused_and_without_autograd_are_not(dr
         kda(*inputs[:5], implementation=name, initial_state=inputs[5])
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("which", ["A_log", "dt_bias"])
-def test_gate_parameters_that_want_a_gradient_are_refused(draw, name, which):
+def test_gate_parameters_that_want_a_gradient_are_refused(draw, which):
     parameters = {"A_log": torch.zeros(1), "dt_bias": torch.zeros(2)}
     parameters[which].requires_grad_()
-    refused(ValueError, "has no backward", name, draw(1, 3, 1, 1, 2, 2), use_gate_in_kernel=True, **parameters)
+    asked = {"use_gate_in_kernel": True, **parameters}
+    refused(ValueError, "has no backward", "recurrent_triton", draw(1, 3, 1, 1, 2, 2), **asked)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,6 +119,7 @@ WRONG = {
     "value_tile": [0, 8, 24, 512, None],
     "segments": [-1, 2000, 1.5],
     "recompute": [1, None],
+    "saves": [1, None],
     "intra_tiles": [0, 3, 4],
     "warps": [0, 3, 32, True],
     "stages": [0, 9],
@@ -178,7 +179,7 @@ def test_unknown_keywords_and_intervals_between_chunks_are_refused(draw, name):
 
 
 def test_a_configuration_that_needs_too_much_shared_memory_is_refused_before_a_launch_with_one_that_fits():
-    launch = chunk_triton_launch(ChunkTritonConfig(chunk_size=64, walk_stages=5), None)
+    launch, _ = chunk_triton_launch(ChunkTritonConfig(chunk_size=64, walk_stages=5), None)
     with pytest.raises(ValueError, match=r"walk needs \d+ bytes of shared memory .* gfx942 has 65536; .* would fit"):
         chunk_triton_config(launch, 256, 256, "bfloat16", named("gfx942"))
     assert chunk_triton_config((16,), 256, 256, "bfloat16", named("gfx942")).chunk_size == 16

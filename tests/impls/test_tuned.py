@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from impls import ChunkTorchConfig, kda, tuned
+from impls import ChunkTorchConfig, choice, kda, tuned
 from impls.tuned import Shape
 
 SHAPE = Shape(4096, 1, 16, 128, 128, "float32", False)
@@ -72,6 +72,19 @@ def test_the_same_shape_is_before_its_bucket_and_the_default_row_is_last(folder)
     assert (exact.row, exact.config.heads) == ("exact", 8)
     assert (bucket.row, bucket.config.heads) == ("bucket", 4)
     assert (default.row, default.config.block_tokens, default.entry) == ("default", 256, None)
+
+
+@pytest.mark.parametrize(("here", "used"), [(2, 1), (3, 0)])
+@pytest.mark.parametrize("row", ["entry", "default"])
+def test_a_bound_on_threads_holds_where_there_are_as_many_as_it_was_tuned_with(folder, monkeypatch, row, here, used):
+    bounded, told = entry(threads=1, heads=4), PROVENANCE | {"environment": {"threads": "2"}}
+    file = file_of(bounded) if row == "entry" else file_of(default=bounded["config"])
+    bounded["provenance"] = file["provenance"] = told
+    put(folder, file)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: here)
+    v = torch.empty(1, 4096, 16, 128)
+    config = choice.chunk_torch_config((0, -1), v, v, None, 0)
+    assert (config.threads, config.heads) == (used, 4)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from kimi_linear import KimiLinear, preset, write_random  # noqa: E402
+from kimi_linear import KimiLinear, hf, preset, write_random  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +36,19 @@ def ids():
 def differs():
     """Return a function: the relative difference of two results, in norm."""
     return lambda x, y: float((x.double() - y.double()).norm() / y.double().norm())
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """Return the modules of transformers' families with KDA, with the library's torch functions."""
+    import hf_models  # not every test of the model has transformers
+
+    with hf_models.imported() as modules:
+        yield modules
+
+
+@pytest.fixture
+def enabled_by_none():
+    """Take our ops out of transformers behind a test, whatever it enabled."""
+    yield
+    hf.disable()

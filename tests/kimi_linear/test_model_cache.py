@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from kda_spec import costs
 from kda_spec.types import Sizes
 from kimi_linear import Cache, CacheError, preset
+from kimi_linear.filled import filled
 from kimi_linear.initial import random_model
 
 BFLOAT16, SINGLE = torch.bfloat16, torch.float32
@@ -215,3 +216,11 @@ def test_who_interrupts_a_step_finds_the_cache_as_it_was(model, ids, monkeypatch
             getattr(model, call)(ids(2, 1, seed=5), cache)
     assert equal(cache, before)
     assert torch.equal(model.decode([1, 2], cache), model.decode([1, 2], before))
+
+
+def test_a_drawn_cache_goes_on_as_one_that_was_read(model):
+    one, again = (filled(model, 5000, room=2, batch=2) for _ in range(2))
+    assert one.lengths == (5000, 5000) and equal(one, again)
+    assert all(x[:, :5000].abs().amin(-1).gt(0).all() and not x[:, 5000:].any() for x in one.latents)
+    logits = model.decode([1, 2], one)
+    assert logits.isfinite().all() and torch.equal(model.decode([1, 2], again), logits) and one.lengths == (5001, 5001)

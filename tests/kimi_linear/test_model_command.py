@@ -121,7 +121,22 @@ def test_bench_writes_what_it_prints(tmp_path, capsys):
     assert found["versions"]["torch"] and "gdn-hybrid" in capsys.readouterr().out
 
 
+def test_bench_draws_contexts_that_nobody_reads(tmp_path):
+    path = tmp_path / "bench.json"
+    drawn = ["--context", "4096,8192", "--filled", "--steps", "1", "--rounds", "1", "--json", str(path)]
+    assert main(["bench", "--preset", "tiny", *drawn, "--piece", "8"]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert all(row["piece"] == 8 and row["piece_s"] > 0 and row["batch"] == 1 for row in rows)
+    assert main(["bench", "--preset", "tiny", *drawn, "--cache-gib", "0.01"]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    batches = {(row["model"], row["context"]): row["batch"] for row in rows}
+    assert batches["hybrid", 8192] > batches["mla", 8192] and batches["mla", 4096] > batches["mla", 8192]
+    assert all(row["batch"] * row["cache_bytes"] <= 0.01 * 2**30 and "prefill_s" not in row for row in rows)
+
+
 USAGE = {
+    "a piece behind nothing": ["bench", "--piece", "8"],
+    "caches of nothing": ["bench", "--filled", "--cache-gib", "0"],
     "nothing to say": ["generate", "--model", "{made}"],
     "two kinds of prompt": ["generate", "--model", "{made}", "--prompt", "a", "--ids", "1"],
     "system without chat": ["generate", "--model", "{made}", "--prompt", "a", "--system", "b"],

@@ -124,4 +124,5 @@ def everything(folder: Path) -> list[Path]:
         *sorted((ROOT / "results").glob("*.json")),
         *sorted((ROOT / "impls" / "tuned").rglob("*.json")),
         ROOT / "tests" / "autotune" / "trials-chunk-torch-4096.json",
+        ROOT / "tests" / "benchmarks" / "recorded.json",
     ]

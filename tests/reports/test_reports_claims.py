@@ -76,6 +76,40 @@ def test_times_at_the_papers_lengths_are_its_own(tmp_path):
     assert one(found, "A decoding step of MLA") == "3 at 512K, 3 at 1M (tiny, 8 layers)"
 
 
+def drawn(**about) -> dict:
+    """Return a benchmark behind caches that were drawn, at the paper's lengths."""
+    made = examples.model() | {"schema": 2}
+    rows = [
+        {"model": name, "context": 1 << bits, "step_ms": step * batch, "batch": batch, "cache_bytes": 1000 << bits}
+        for name, step, batch in (("hybrid", 1.0, 4), ("mla", 3.0, 1))
+        for bits in (18, 19, 20)
+    ]
+    return made | {"rows": rows, "arguments": made["arguments"] | {"filled": "True"} | about}
+
+
+def test_a_piece_behind_a_drawn_cache_is_no_prefill(tmp_path):
+    made = drawn(piece="64")
+    pieces = [row | {"batch": 1, "piece": 64, "piece_s": row["step_ms"] / row["batch"]} for row in made["rows"]]
+    found = said(tmp_path, [made | {"rows": pieces}])
+    assert one(found, "... of a piece") == "3 at 512K, 3 at 1M (tiny, 8 layers, a drawn cache, a piece of 64 tokens)"
+    assert one(found, "Prefill of MLA") == claims.MISSING
+
+
+def test_as_many_sequences_as_a_memory_holds_are_compared_by_the_token(tmp_path):
+    found = said(tmp_path, [drawn(cache_gib="2")])
+    expected = "3 at 256K, 3 at 512K, 3 at 1M (tiny, 8 layers, a drawn cache, caches of 2 GiB together)"
+    assert one(found, "... with the batches") == expected
+    assert one(found, "A decoding step of MLA") == claims.MISSING
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_was_measured_where_the_paper_was_stands_before_what_is_newer(tmp_path, order):
+    rows = [row | {"context": 1 << (19 if row["context"] == 1024 else 20)} for row in examples.model()["rows"]]
+    long = examples.model() | {"rows": rows, "date": "2026-01-01T00:00:00+00:00"}
+    found = said(tmp_path, *[[examples.model()], [long]][::order])
+    assert one(found, "A decoding step of MLA") == "3 at 512K, 3 at 1M (tiny, 8 layers)"
+
+
 def records(**ratios) -> list[dict]:
     run, *_ = examples.records()
     return [run, examples.case("chunk_ours", **{name: examples.outcome(x) for name, x in ratios.items()})]

@@ -14,7 +14,8 @@ from reports import load
 STORED = [*sorted((examples.ROOT / "results").glob("*.json")), *sorted((examples.ROOT / "impls/tuned").rglob("*.json"))]
 WRITTEN = {
     "bench", "tuned", "trials", "static", "yardstick", "cpu prefill and decode", "cost of tuning",
-    "model prefill and decode", "model on a cpu", "compile", "collected", "run", "case", "failure", "self-test",
+    "benchmarks", "model prefill and decode", "model on a cpu", "synthetic tasks", "compile", "collected", "run",
+    "case", "failure", "self-test",
 }  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def test_folders_are_read_with_all_below_them_each_file_once(tmp_path):
 
 
 BROKEN = [
-    (lambda x: x | {"schema": 2}, r"schema version 2 of 'model prefill and decode'; readable: 1"),
+    (lambda x: x | {"schema": 3}, r"schema version 3 of 'model prefill and decode'; readable: 1, 2"),
     (lambda x: x | {"schema": "1"}, r"schema version '1' of"),
     (lambda x: x | {"schema": True}, r"schema version True of"),
     (lambda x: {k: v for k, v in x.items() if k != "schema"}, r"schema version None of"),

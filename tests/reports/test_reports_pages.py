@@ -6,7 +6,10 @@ import sys
 from html.parser import HTMLParser
 
 import example_results as examples
+import numpy as np
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.image import imread
 
 from reports import counting, load, pages, style, timing, verification
 from reports.__main__ import main
@@ -160,6 +163,19 @@ def test_text_and_marks_can_be_told_from_what_is_behind_them(theme):
     assert min(contrast(theme["ink"], x) for x in (*behind, theme["surface"])) >= 4.5
     assert contrast(theme["muted"], theme["surface"]) >= 4.5
     assert min(contrast(x, theme["surface"]) for name, x in theme.items() if name.startswith("series-")) >= 3
+
+
+def test_pictures_are_drawn_in_the_dark_themes_colours_too(tmp_path, capsys):
+    good, png = examples.document(tmp_path / "good.json", examples.model()), tmp_path / "png"
+    assert main(["build", str(good), "--out", str(tmp_path), "--png", str(png), "--dark"]) == 0
+    light, dark = (imread(png / name) for name in ("model-1.png", "model-1-dark.png"))
+    assert light.shape == dark.shape
+    for picture, theme, other in ((light, style.LIGHT, style.DARK), (dark, style.DARK, style.LIGHT)):
+        there = {to_hex(colour) for colour in np.unique(picture.reshape(-1, picture.shape[2]), axis=0)}
+        assert {theme[name] for name in ("surface", "ink", "grid", "series-1", "series-2")} <= there
+        assert not {other[name] for name in ("surface", "series-1", "series-2")} & there
+    assert main(["build", str(good), "--out", str(tmp_path), "--dark"]) == 2
+    assert "--dark goes with --png" in capsys.readouterr().err
 
 
 def test_what_cannot_be_read_leaves_nothing_behind(tmp_path, capsys):

@@ -4,6 +4,7 @@ The judge gets them by name (`broken_kernels:undecayed`), as it gets anybody's. 
 the smallest recipe that shows it is known.
 """
 
+import ctypes
 import os
 import subprocess
 
@@ -133,3 +134,31 @@ def only_compiled(q, k, v, g, beta, **keywords):
     if "TRITON_INTERPRET" in os.environ:
         raise RuntimeError("interpreted")
     return float64_copy(q, k, v, g, beta, **keywords)
+
+
+def _unlike_chunk_kda(queries, keys):
+    """Nothing that could be called with five tensors."""
+
+
+def hangs(q, k, v, g, beta, **keywords):
+    """Never ends from three tokens on."""
+    import threading
+
+    if q.shape[1] > 2:
+        threading.Event().wait()
+    return float64_copy(q, k, v, g, beta, **keywords)
+
+
+def exits(q, k, v, g, beta, **keywords):
+    """The process ends over sequences of four, five and six tokens."""
+    if q.shape[1] in (4, 5, 6):
+        os._exit(3)
+    return float64_copy(q, k, v, g, beta, **keywords)
+
+
+def faults_on_three_tokens(q, k, v, g, beta, **keywords):
+    """Outputs are wrong from the third token on; of three tokens a page is read that is not there."""
+    if q.shape[1] == 3:
+        ctypes.string_at(0)
+    o, S = float64_copy(q, k, v, g, beta, **keywords)
+    return torch.cat([o[:, :2], 1.25 * o[:, 2:]], dim=1), S

@@ -1,5 +1,6 @@
 """What the judge's tests share: the broken kernels by name, a run in this process, and a run of the command."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from verify import runner
+from verify import runner, session
 from verify.plan import Plan
 
 HERE = Path(__file__).parent
@@ -29,9 +30,17 @@ def judged():
         filled = {"device": "cpu", "profile": "smoke", "dtypes": ("float32",), "seed": 0} | plan
         made = Plan(target=target, examples=examples, properties=properties, **filled)
         runner.judge(made, lambda kind, **fields: records.append({"kind": kind, **fields}))
-        return records
+        return [record for record in records if record["kind"] != "begin"]
 
     return judge
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Have plans judged in this process."""
+    from in_this_process import judge_here
+
+    monkeypatch.setattr(session, "run", judge_here)
 
 
 @dataclass(frozen=True)
@@ -85,4 +94,8 @@ def interrupted():
 
 
 def _children(pid: int) -> list[int]:
-    return [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has ended since
+            found += map(int, (task / "children").read_text().split())
+    return found

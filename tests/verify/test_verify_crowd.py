@@ -11,7 +11,8 @@ from verify.plan import PROFILES, Demands
 from verify.properties.crowd import DRAWN, _mixed, crowd
 from verify.properties.isolation import determinism
 from verify.recipes import Recipe
-from verify.targets import STANDARD, Target, default_contract, resolve
+from verify.resolve import resolve
+from verify.targets import STANDARD, Target, default_contract
 from verify.trial import Trial
 
 OURS = resolve("recurrent_torch", "cpu")

@@ -168,3 +168,17 @@ def test_no_triton_is_said(monkeypatch):
     monkeypatch.setattr(interpreter, "installed", lambda: False)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         repair()
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 8)], ids=str)
+@pytest.mark.parametrize("element", [tl.float32, tl.bfloat16, tl.int1, tl.pointer_type(tl.float32)], ids=str)
+def test_types_that_are_looked_up_are_those_that_triton_makes(element, shape):
+    made, plain = [tl.block_type(element, list(shape)) for _ in range(2)][1], object.__new__(tl.block_type)
+    tl.block_type.__init__.__wrapped__(plain, element, list(shape))
+    assert (made.name, made.numel, made.element_ty) == (plain.name, plain.numel, element) and made == plain
+    handle, one, other = object(), *(object.__new__(tl.tensor) for _ in range(2))
+    tl.tensor.__init__(one, handle, made)
+    tl.tensor.__init__.__wrapped__(other, handle, plain)
+    assert [x.value for x in one.shape] == [x.value for x in other.shape] == list(shape)
+    assert (one.handle, one.numel.value, one.dtype) == (handle, other.numel.value, other.dtype)
+    assert triton_interpreter._get_np_dtype(made) == triton_interpreter._get_np_dtype.__wrapped__(plain)

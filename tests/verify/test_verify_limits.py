@@ -19,7 +19,7 @@ CALIBRATED = {kind: row for kind, row in load()["limits"].items() if not kind.st
 @pytest.mark.parametrize("kind", CALIBRATED)
 def test_a_limit_is_the_margin_over_the_largest_ratio_and_says_where_that_was_met(kind):
     row = CALIBRATED[kind]
-    assert row["how"].startswith("python -m verify.calibrate") and row["cases"] >= 100
+    assert row["how"].startswith(("python -m verify.calibrate", "python -m verify calibrate")) and row["cases"] >= 100
     for gate, limit in row["limits"].items():
         largest = row["largest"].get(gate.replace("_", " "), {"observed": 0.0})
         least = asdict(SHARPEST)[gate]
@@ -36,7 +36,7 @@ def test_every_implementation_has_limits_of_its_own(dtype, conditioning):
 
 
 def test_what_nobody_calibrated_has_the_starting_limits():
-    contract = PrecisionContract("tf32", "float32", "float32", "float32", "float32", output="float32")
+    contract = PrecisionContract("float16", "float32", "float32", "float32", "float32", output="float32")
     assert limits_for(contract, "float32", "beta<=1") == START
 
 

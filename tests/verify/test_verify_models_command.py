@@ -29,7 +29,7 @@ SMOKE = ("--profile", "smoke", "--max-examples")
 BROKEN = "model-mutant:last_of_equals"
 
 
-def judge_here(batches, listen):
+def judge_here(batches, listen, **how):
     """Stand in for session.run where worker processes are not the point: they take seconds to start."""
     verdicts = {}
     for plan in (plan for batch in batches for plan in batch):
@@ -109,7 +109,7 @@ def test_a_failure_that_is_mended_passes_its_replay(failure, here, monkeypatch, 
 TAMPERED = [
     (lambda d: d["recipe"].update(width=65), "recipe.width: 65 is greater than the maximum of 64"),
     (lambda d: d["recipe"].update(layers="x"), "'x' does not match"),
-    (lambda d: d["recipe"].update(seed=d["recipe"]["seed"] + 1), "its recipe now makes another checkpoint"),
+    (lambda d: d["recipe"].update(seed=d["recipe"]["seed"] + 1), "its recipe now makes other inputs"),
     (lambda d: d["recipe"].update(top_groups=2), "top_groups must be at most groups"),
     (lambda d: d.update(property="causality"), "expected the failure of a property of a model"),
     (lambda d: d.update(schema=2), "expected a failure record of schema version 1"),

@@ -9,7 +9,7 @@ import torch
 from torch._C._dynamo.guards import _empty_strided_cpu
 
 from impls import pages
-from verify import session
+from verify import children
 from verify.poison import free_blocks, poisoned_memory
 
 EMPTY = torch.empty
@@ -74,7 +74,7 @@ print(stale)
 
 @GLIBC
 def test_in_a_worker_small_blocks_hold_nan_too():
-    run = subprocess.run([sys.executable, "-c", SMALL], env=session.environment("cpu"), capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", SMALL], env=children.environment("cpu"), capture_output=True, text=True)
     assert (run.stdout, run.returncode) == ("0\n", 0), run.stderr
 
 

@@ -55,8 +55,9 @@ def test_the_schema_refuses_what_no_run_writes(lines, changes):
 
 
 def test_the_schema_requires_every_field_of_every_kind(lines):
+    later = {"number", "units", "counts", "seconds"}  # the first records had none
     for line in {line["kind"]: line for line in lines}.values():
-        for name in line:
+        for name in line.keys() - (later if line["kind"] == "case" else {"seconds"}):
             assert wrong({k: v for k, v in line.items() if k != name}), (line["kind"], name)
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from verify import coverage, display, records, runner, session
 from verify.plan import PROFILES, Plan
@@ -92,7 +93,7 @@ def test_a_keyword_taken_and_ignored_is_a_finding(judged):
 FINDINGS = [
     ("in_float32", ("float32", "bfloat16"), session.PASS),
     ("in_float32", ("float64",), session.FAILED),
-    ("raises_always", ("float32",), session.FAILED),
+    ("raises_always", ("float32",), session.NOTHING),
     ("bfloat16_only", ("float32",), session.NOTHING),
     ("returns_o_only", ("float32",), session.FAILED),
 ]
@@ -144,7 +145,8 @@ def test_a_failure_counts_though_it_compared_nothing():
 
 @pytest.mark.parametrize("target", ["recurrent_torch", "broken_kernels:undecayed"])
 def test_equal_plans_give_equal_records_byte_for_byte(judged, target):
-    first, second = ("".join(map(records.line, judged(target, ("reference_forward",), examples=3))) for _ in range(2))
+    runs = [judged(target, ("reference_forward",), examples=3) for _ in range(2)]
+    first, second = ("".join(records.line(x | {"seconds": {}}) for x in run) for run in runs)
     assert first == second
 
 
@@ -234,3 +236,34 @@ def test_every_property_explains_its_equation_and_what_it_would_have_caught(prop
 
 def test_names_of_properties_are_unique():
     assert len({p.name for p in PROPERTIES}) == len(PROPERTIES) >= 45
+
+
+def test_progress_goes_to_a_log_as_a_line_a_minute(monkeypatch, capsys):
+    seconds = iter([0.0, 1.0, 61.0, 62.0, 130.0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(seconds))
+    case = {"kind": "case", "target": "kernel", "results": {"split": {"ratio": 0.25}}}
+    with display.progress(Console(width=100), {"kernel": 9}) as listen:
+        for _ in range(4):
+            listen(case)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("kernel: ")[1] for line in shown] == [
+        "2 of 9 recipes, worst 0.25",
+        "4 of 9 recipes, worst 0.25",
+    ]
+
+
+def test_the_time_of_a_worker_is_told_by_where_it_went(judged):
+    (done,) = [x for x in judged("recurrent_torch", ("reference_forward",), examples=3) if x["kind"] == "target"]
+    spent = done["seconds"]
+    assert 0 < spent["target"] < spent["all"] and 0 < spent["definition"] < spent["all"]
+
+
+def test_parts_of_a_run_add_up_and_keep_the_smallest_failure(judged):
+    whole = session.Verdict("undecayed")
+    for part in range(2):
+        for record in judged("broken_kernels:undecayed", ("reference_forward", "split"), shard=(part, 2)):
+            whole.add(record)
+    smallest = min((f for f in whole.failures), key=session.size)
+    assert whole.seen == whole.counts["cases"] == 8
+    assert [f["property"] for f in whole.failures].count("reference_forward") == 1 and smallest in whole.failures
+    assert len({p["axis"] for p in whole.probes}) == len(whole.probes)

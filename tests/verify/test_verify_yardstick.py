@@ -15,9 +15,10 @@ from verify.exact import UNIT_ROUNDOFF
 from verify.families import materialise
 from verify.properties import PROPERTIES
 from verify.recipes import BETAS, DTYPES, GATES, Recipe, drawn, recipes
+from verify.resolve import resolve
 from verify.runner import check
 from verify.simulators import Rounding
-from verify.targets import Target, default_contract, resolve
+from verify.targets import Target, default_contract
 from verify.trial import Trial
 from verify.yardstick import rows
 

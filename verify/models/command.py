@@ -10,14 +10,13 @@ from rich.console import Console
 
 from verify import display, records, selftest, session
 from verify.choice import UsageError
-from verify.claims import KINDS
 from verify.models import mutants, replay
 from verify.models.properties import PROPERTIES
 from verify.models.recipes import from_json, words
 from verify.models.targets import MUTANT, is_model
 from verify.plan import PROFILES, Plan
 
-UNHEARD = ("config", "contract", "head_dims")
+UNHEARD = ("config", "contract", "head_dims", "inputs")
 """Options that speak of implementations of the op."""
 
 MORE = 4
@@ -78,8 +77,7 @@ def _explain(names: tuple[str, ...], console: Console) -> int:
             first = prop.explanation.splitlines()[0]
             console.print(f"  {prop.name:22} {prop.kind:10} {first}", markup=False, soft_wrap=True)
         elif prop.name in names:
-            console.print(f"{prop.name} ({prop.kind}: {KINDS[prop.kind]})\n", markup=False)
-            console.print(prop.explanation, markup=False, soft_wrap=True)
+            display.explain(prop, console)
     return session.PASS
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from verify.claims import Property, claim
+from verify.claims import Condition, Property, claim, condition, every
 from verify.exact import Dice
 from verify.models.checkpoints import texts_of
 from verify.models.definition import joined
@@ -20,18 +20,20 @@ STEPS = 24
 """Longest text that is decoded from its first token on: a step costs as much as a prompt."""
 
 
+@condition("no two experts have equal scores")
 def clear(trial: Trial) -> bool:
     """No two experts have equal scores: what is chosen is no question of a rule."""
     return not trial.recipe.tied
 
 
+@condition("experts have equal scores")
 def tied(trial: Trial) -> bool:
     """Experts have equal scores."""
     return trial.recipe.tied
 
 
-def _and(condition: Callable[[Trial], bool]) -> Callable[[Trial], bool]:
-    return lambda trial: clear(trial) and condition(trial)
+def _and(words: str, holds: Callable[[Trial], bool]) -> Condition:
+    return every(clear, Condition(words, holds))
 
 
 @claim("tolerance", clear)
@@ -58,7 +60,7 @@ def decode(trial: Trial) -> Iterator[Measure]:
         yield from trial.agree(f"text {i}", text, Trace(got.hidden[:, n:], got.logits[n:]), n)
 
 
-@claim("tolerance", _and(lambda trial: max(map(len, trial.texts)) > 1))
+@claim("tolerance", _and("a text of more than one token", lambda trial: max(map(len, trial.texts)) > 1))
 def chunked_prefill(trial: Trial) -> Iterator[Measure]:
     """A text that is read in pieces gives what it gives at once, wherever it is cut, each text elsewhere.
 
@@ -73,7 +75,7 @@ def chunked_prefill(trial: Trial) -> Iterator[Measure]:
             yield from trial.agree(f"text {i} cut at {np.unique(cuts).tolist()}", text, joined(parts))
 
 
-@claim("tolerance", _and(lambda trial: len(trial.texts) > 1))
+@claim("tolerance", _and("several texts", lambda trial: len(trial.texts) > 1))
 def batching(trial: Trial) -> Iterator[Measure]:
     """A text gives the same alone, and among others in another order.
 
@@ -101,7 +103,7 @@ def padding(trial: Trial) -> Iterator[Measure]:
         yield from trial.agree(f"text {i} beside {len(neighbour)} tokens", text, own)
 
 
-@claim("tolerance", _and(lambda trial: "m" in trial.recipe.layers))
+@claim("tolerance", _and("an MLA layer", lambda trial: "m" in trial.recipe.layers))
 def absorbed(trial: Trial) -> Iterator[Measure]:
     """MLA over latents (absorbed) is MLA over keys and values (expanded), at every length from the second token on.
 
@@ -138,7 +140,7 @@ def fork(trial: Trial) -> Iterator[Measure]:
             yield from trial.agree(f"text {i}, {name}", text, joined([part[i] for part in parts[name]]), len(prompt))
 
 
-@claim("tolerance", _and(lambda trial: trial.recipe.boundary > 0))
+@claim("tolerance", _and("states are kept at boundaries", lambda trial: trial.recipe.boundary > 0))
 def truncate(trial: Trial) -> Iterator[Measure]:
     """A cache that is cut back to a boundary goes on as if what stood behind had never been read.
 

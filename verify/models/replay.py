@@ -4,12 +4,11 @@ import json
 import re
 from pathlib import Path
 
-import jsonschema
-
 from verify.models.checkpoints import materialise
 from verify.models.properties import PROPERTIES
 from verify.models.recipes import from_json
-from verify.records import DEFINITIONS, SCHEMA, versions
+from verify.records import versions
+from verify.replay import checked
 
 
 def save(folder: Path, failure: dict) -> Path:
@@ -29,26 +28,10 @@ def save(folder: Path, failure: dict) -> Path:
 
 def load(path: Path) -> dict:
     """Read a failure record of a model. Raises ValueError that says what is wrong with it."""
-    try:
-        failure = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"--replay {path}: not a failure file: {error}") from error
-    if problem := _problem(failure):
-        raise ValueError(f"--replay {path}: {problem}")
-    made = materialise(from_json(failure["recipe"])).digest()
-    if made != failure["inputs"]:
-        recorded = f"hash {made}, recorded {failure['inputs']}"
-        raise ValueError(f"--replay {path}: its recipe now makes another checkpoint ({recorded})")
-    return failure
+    return checked(path, _problem, lambda recipe: materialise(from_json(recipe)).digest())
 
 
-def _problem(failure: object) -> str | None:
-    if not isinstance(failure, dict) or failure.get("schema") != SCHEMA or failure.get("kind") != "failure":
-        return f"expected a failure record of schema version {SCHEMA}"
-    of_kind = {"$ref": "#/$defs/failure", "$defs": DEFINITIONS["$defs"]}  # its errors name fields, the whole's do not
-    for schema in (of_kind, DEFINITIONS):
-        if error := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(failure)):
-            return f"not a failure record: {error.json_path}: {error.message}"
+def _problem(failure: dict) -> str | None:
     if "layers" not in failure["recipe"] or failure["property"] not in {p.name for p in PROPERTIES}:
         return "expected the failure of a property of a model"
     try:

@@ -1,7 +1,7 @@
 """The table of properties, in the order in which they are shown."""
 
 from verify.claims import Property
-from verify.properties import adjoint, algebra, crowd, definition, isolation, sequence
+from verify.properties import adjoint, algebra, crowd, definition, isolation, sequence, serving
 
 PROPERTIES: tuple[Property, ...] = (
     definition.reference_forward,
@@ -14,6 +14,7 @@ PROPERTIES: tuple[Property, ...] = (
     definition.same_key_merge,
     definition.orthogonal_commute,
     definition.residual,
+    definition.inverse_norm,
     sequence.split,
     sequence.chunk_invariance,
     sequence.prefill_decode,
@@ -49,8 +50,10 @@ PROPERTIES: tuple[Property, ...] = (
     isolation.state_v_first,
     isolation.purity,
     isolation.determinism,
+    isolation.same_addresses,
     isolation.unwritten,
     crowd.crowd,
+    serving.serving,
     adjoint.adjoint_identity,
     adjoint.conservation_query,
     adjoint.conservation_key,

@@ -5,12 +5,15 @@ from collections.abc import Iterable
 import numpy as np
 
 from verify import yardstick
-from verify.claims import claim, every, gradients, unpacked
+from verify.claims import claim, condition, every, gradients, more, plain, unpacked
 from verify.trial import Measure, Trial
 
+_plain_gradients = every(gradients, plain)
 
-def _plain_gradients(trial: Trial) -> bool:
-    return gradients(trial) and trial.recipe.plain and unpacked(trial)
+
+@condition("a gate of minus infinity")
+def _infinite(trial: Trial) -> bool:
+    return trial.recipe.infinite
 
 
 def _law(trial: Trial, what: str, left: np.ndarray, right: np.ndarray, legal: np.ndarray) -> Measure:
@@ -95,7 +98,7 @@ def conservation_gate(trial: Trial) -> Iterable[Measure]:
     yield _law(trial, "sum dg", dg - following, right, allowed)
 
 
-@claim("bound", every(gradients, unpacked, lambda trial: trial.recipe.T > 1))
+@claim("bound", every(gradients, unpacked, more("T")))
 def gradient_causality(trial: Trial) -> Iterable[Measure]:
     """With do zero after token i, and no dS_T, the gradients of all inputs after i are exactly zero.
 
@@ -142,7 +145,7 @@ def gradient_linearity(trial: Trial) -> Iterable[Measure]:
     yield from trial.judge({name: a[name] + b[name] for name in names}, trial.yard.exact, together)
 
 
-@claim("bound", every(gradients, lambda trial: trial.recipe.infinite))
+@claim("bound", every(gradients, _infinite))
 def reset_gradient(trial: Trial) -> Iterable[Measure]:
     """Where g is minus infinity dg is exactly 0, and every other gradient is finite.
 

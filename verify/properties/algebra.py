@@ -7,7 +7,7 @@ import torch
 
 from verify import yardstick
 from verify.cases import Case
-from verify.claims import claim, every, plain, takes, tokens
+from verify.claims import claim, condition, every, more, plain, takes, tokens
 from verify.exact import round_to
 from verify.targets import Result
 from verify.trial import Measure, Trial, same_bits
@@ -37,6 +37,7 @@ def _exponent(trial: Trial) -> int:
     return m if trial.recipe.values == "small" or trial.dice("sign").integer(0, 2) else -m
 
 
+@condition("nothing inside nears the smallest or the largest numbers; operands are not float16")
 def _scales(trial: Trial) -> bool:
     """Nothing inside comes near the subnormal numbers or beyond the largest, scaled or not.
 
@@ -64,7 +65,12 @@ def scaling_values(trial: Trial) -> Iterable[Measure]:
         yield _scaled_bits(trial, f"{name} * 2^{m}", x, trial.forward.tensors()[name], factor)
 
 
-@claim("bitwise", every(tokens, _scales, lambda trial: not trial.recipe.l2norm))
+@condition("no norm of q and k inside")
+def _no_norm(trial: Trial) -> bool:
+    return not trial.recipe.l2norm
+
+
+@claim("bitwise", every(tokens, _scales, _no_norm))
 def scaling_queries(trial: Trial) -> Iterable[Measure]:
     """Multiplying q by 2^m multiplies o by 2^m bit for bit and leaves S_T alone.
 
@@ -91,6 +97,7 @@ def scaling_argument(trial: Trial) -> Iterable[Measure]:
     )
 
 
+@condition("beta / 16 is exact, and inputs are not float16")
 def _beta_divides(trial: Trial) -> bool:
     case = trial.case
     return bool(np.all(round_to(case.beta / 16, case.gate_dtype) == case.beta / 16)) and trial.recipe.dtype != "float16"
@@ -143,7 +150,12 @@ def _same_results(got: Result, expected: Result) -> Iterable[Measure]:
         yield same_bits(name, x, expected.tensors()[name])
 
 
-@claim("tolerance", every(tokens, lambda trial: trial.recipe.activation == "none" and trial.recipe.K > 1))
+@condition("gates activated before the call")
+def _gates_given(trial: Trial) -> bool:
+    return trial.recipe.activation == "none"
+
+
+@claim("tolerance", every(tokens, more("K"), _gates_given))
 def channel_permutation(trial: Trial) -> Iterable[Measure]:
     """Permuting key channels of q, k, g and the rows of S_0 leaves o and permutes the rows of S_T.
 
@@ -161,7 +173,7 @@ def channel_permutation(trial: Trial) -> Iterable[Measure]:
     yield from trial.judge({"o": got["o"], "S": got["S"][:, :, back]}, trial.yard.exact)
 
 
-@claim("tolerance", every(tokens, lambda trial: trial.recipe.V > 1))
+@claim("tolerance", every(tokens, more("V")))
 def value_permutation(trial: Trial) -> Iterable[Measure]:
     """Permuting value channels of v and S_0 permutes o and S_T.
 
@@ -173,7 +185,7 @@ def value_permutation(trial: Trial) -> Iterable[Measure]:
     yield from trial.judge({name: x[..., back] for name, x in got.items()}, trial.yard.exact)
 
 
-@claim("bitwise", every(tokens, lambda trial: trial.recipe.V > 1))
+@claim("bitwise", every(tokens, more("V")))
 def value_independence(trial: Trial) -> Iterable[Measure]:
     """Column j of o and S_T hangs on column j of v and S_0 only: changing the others leaves its bits.
 
@@ -189,7 +201,7 @@ def value_independence(trial: Trial) -> Iterable[Measure]:
         yield same_bits(f"{name}[..., {keep}]", x[..., keep], trial.forward.tensors()[name][..., keep])
 
 
-@claim("tolerance", every(tokens, lambda trial: trial.recipe.V > 1))
+@claim("tolerance", every(tokens, more("V")))
 def value_slices(trial: Trial) -> Iterable[Measure]:
     """A slice of the value columns gives the slice of the results; bitwise where the contract claims it.
 

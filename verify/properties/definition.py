@@ -6,9 +6,10 @@ import numpy as np
 
 from kda_spec.recurrent import general_dplr
 from verify import yardstick
-from verify.claims import claim, every, gradients, plain, takes, tokens
-from verify.exact import Dice
-from verify.trial import Measure, Trial
+from verify.claims import claim, condition, every, gradients, more, plain, takes
+from verify.exact import UNIT_ROUNDOFF, Dice
+from verify.targets import guarded
+from verify.trial import Measure, Trial, blame
 from verify.yardstick import rows
 
 
@@ -141,7 +142,7 @@ def same_key_merge(trial: Trial) -> Iterable[Measure]:
     yield from trial.pair({"S": apart["S"], "o": apart["o"][:, 1:]}, merged, last)
 
 
-@claim("tolerance", every(plain, lambda trial: trial.recipe.K > 1))
+@claim("tolerance", every(plain, more("K")))
 def orthogonal_commute(trial: Trial) -> Iterable[Measure]:
     """With g = 0, two tokens with orthogonal keys commute: swapping them leaves S.
 
@@ -166,7 +167,7 @@ def orthogonal_commute(trial: Trial) -> Iterable[Measure]:
     yield from trial.pair({"S": trial.run(case).numbers()["S"]}, {"S": trial.run(swapped).numbers()["S"]}, yard)
 
 
-@claim("tolerance", every(plain, tokens, lambda trial: trial.recipe.T > 1))
+@claim("tolerance", every(plain, more("T")))
 def residual(trial: Trial) -> Iterable[Measure]:
     """What is held at k_T after the write: k^T S_T = (1 - beta ||k||^2) k^T Diag(alpha) S_{T-1} + beta ||k||^2 v_T^T.
 
@@ -181,6 +182,43 @@ def residual(trial: Trial) -> Iterable[Measure]:
     legal = np.sqrt(square) * (trial.yard.legal["S"] + _earlier(trial, last) * np.max(alpha, axis=-1, keepdims=True))
     worst = float(np.max(np.abs(error) / np.maximum(legal, np.finfo(np.float64).tiny)))
     yield Measure("k^T S", worst, trial.limits.pair, error.size, gate="pair")
+
+
+@condition("the target keeps the inverse of a chunk's triangle")
+def _exposes(trial: Trial) -> bool:
+    return trial.target.inverse is not None
+
+
+@claim("tolerance", every(plain, _exposes), most=8)
+def inverse_norm(trial: Trial) -> Iterable[Measure]:
+    """The inverse of a chunk is well conditioned, whatever the gates: ||(I + diag(beta) L)^-1 diag(beta)||_2 is at most
+
+        1 / min_i (1 / beta_i - ||k_i||^2 / 2)
+    because L + L^T + diag(||k_i||^2) is a sum of positive semidefinite kernels: at most 2 for beta <= 1 and unit keys.
+    Chunks in which some beta ||k||^2 = 2 have no bound. Roundings of the inverse add C of its roundoffs, times 8.
+
+    Would have caught: FLA #537 (a solve that explodes, values above 1e10), FlashKDA #10, vLLM #54859 (a Neumann product
+    in float16 for near-collinear keys), a sign in the off-diagonal blocks.
+    """
+    case, target = trial.case, trial.target
+    arrays = case.per_value_head(case.k), case.g, case.beta
+    tensors = [
+        guarded(x, dtype, target.place)
+        for x, dtype in zip(arrays, (case.dtype, case.gate_dtype, case.gate_dtype), strict=True)
+    ]
+    with blame():
+        X = target.inverse(*tensors).detach().cpu().double().numpy()
+    C = X.shape[-1]
+    with np.errstate(divide="ignore"):
+        room = 1 / case.beta - np.sum(arrays[0] ** 2, axis=-1) / 2
+    room = np.pad(room, ((0, 0), (0, -case.T % C), (0, 0)), constant_values=np.inf)
+    least = np.min(room.reshape(case.B, -1, C, case.HV), axis=2).swapaxes(1, 2)
+    finite, judged = np.isfinite(X).all(axis=(-2, -1)), least > 2.0**-10
+    norms = np.linalg.norm(np.where(finite[..., None, None], X, 0.0), 2, axis=(-2, -1))
+    slack = 1 + 8 * C * UNIT_ROUNDOFF[trial.contract.inverse]
+    ratios = norms * np.where(np.isinf(least), np.finfo(np.float64).max, least) / slack  # without beta it is zero
+    worst = float(np.max(np.where(finite, np.where(judged, ratios, 0.0), np.inf), initial=0.0))
+    yield Measure("norm of the inverse", worst, 1.0, int(judged.sum()))
 
 
 def _earlier(trial: Trial, last: int) -> np.ndarray:

@@ -1,15 +1,17 @@
 """Properties of who may influence whom: the past only, oneself only, values and not their place in memory."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from verify.cases import Case
-from verify.claims import claim, every, gradients, takes, tokens, unpacked
+from verify.claims import claim, condition, every, gradients, more, takes, tokens, unpacked
 from verify.families import materialise
-from verify.poison import poisoned_memory
+from verify.poison import guarded_allocations, poisoned_memory, trespassed
 from verify.targets import Result, arguments, call_tensors
 from verify.trial import Measure, Trial, blame, same_bits
 
@@ -18,12 +20,22 @@ STREAMS = ("q", "k", "v", "g", "beta")
 
 def _stranger(trial: Trial) -> Case:
     """Make a case of the same sizes with other content, and strong gates where this one's are weak."""
-    recipe = trial.recipe
-    gates = "zero" if recipe.gates in ("strong", "bounded", "log_uniform") else "strong"
+    recipe, strong = trial.recipe, "bounded" if "g < -5" in trial.target.refused else "strong"
+    gates = "zero" if recipe.gates in ("strong", "bounded", "log_uniform") else strong
     return materialise(replace(recipe, seed=recipe.seed + 65537, gates=gates))
 
 
-@claim("bitwise", lambda trial: max(_lengths(trial), default=0) > 1)
+@condition("a sequence of more than one token")
+def _long(trial: Trial) -> bool:
+    return max(trial.recipe.lengths or (trial.recipe.T,), default=0) > 1
+
+
+@condition("several sequences or heads")
+def _several(trial: Trial) -> bool:
+    return trial.case.N * trial.case.H > 1
+
+
+@claim("bitwise", _long)
 def causality(trial: Trial) -> Iterable[Measure]:
     """Changing q, k, v, g, beta after token i leaves every bit of o up to i, at fixed T.
 
@@ -42,10 +54,6 @@ def causality(trial: Trial) -> Iterable[Measure]:
     }
     result = trial.run(case.but(**changed))
     yield same_bits(f"o up to {cut}", result.o[:, : cut + 1], trial.forward.o[:, : cut + 1])
-
-
-def _lengths(trial: Trial) -> tuple[int, ...]:
-    return trial.recipe.lengths or (trial.recipe.T,)
 
 
 def _with_neighbours(trial: Trial, fill: str) -> tuple[Case, int, int, int]:
@@ -75,7 +83,7 @@ def _mine_unchanged(trial: Trial, fill: str) -> Iterable[Measure]:
     yield same_bits("S of one sequence and head", result.S[n, heads], trial.forward.S[n, heads])
 
 
-@claim("bitwise", every(tokens, lambda trial: trial.case.N * trial.case.H > 1))
+@claim("bitwise", every(tokens, _several))
 def neighbours(trial: Trial) -> Iterable[Measure]:
     """What other sequences and heads contain does not reach a single bit of this one's results.
 
@@ -85,7 +93,7 @@ def neighbours(trial: Trial) -> Iterable[Measure]:
     yield from _mine_unchanged(trial, "other")
 
 
-@claim("bitwise", every(tokens, lambda trial: trial.case.N * trial.case.H > 1))
+@claim("bitwise", every(tokens, _several))
 def nan_stays(trial: Trial) -> Iterable[Measure]:
     """NaN in other sequences and heads stays there.
 
@@ -95,7 +103,7 @@ def nan_stays(trial: Trial) -> Iterable[Measure]:
     yield from _mine_unchanged(trial, "nan")
 
 
-@claim("bitwise", every(unpacked, lambda trial: trial.recipe.B > 1))
+@claim("bitwise", every(unpacked, more("B")))
 def batch_permutation(trial: Trial) -> Iterable[Measure]:
     """Permuting the batch permutes o and S_T, bit for bit.
 
@@ -107,7 +115,7 @@ def batch_permutation(trial: Trial) -> Iterable[Measure]:
         yield same_bits(name, x, trial.forward.tensors()[name][order])
 
 
-@claim("bitwise", every(tokens, lambda trial: trial.recipe.H > 1))
+@claim("bitwise", every(tokens, more("H")))
 def head_permutation(trial: Trial) -> Iterable[Measure]:
     """Permuting heads (each with its group of value heads) permutes o and S_T, bit for bit.
 
@@ -120,7 +128,7 @@ def head_permutation(trial: Trial) -> Iterable[Measure]:
     yield same_bits("S", moved.S, trial.forward.S[:, values])
 
 
-@claim("tolerance", every(tokens, lambda trial: trial.recipe.G > 1, takes("HV > H")))
+@claim("tolerance", every(tokens, more("G"), takes("HV > H")))
 def repeated_heads(trial: Trial) -> Iterable[Measure]:
     """HV > H is q and k repeated for every value head; gradients of q and k are the sums over the group.
 
@@ -174,7 +182,7 @@ def layouts(trial: Trial) -> Iterable[Measure]:
             yield same_bits(name, x, base[name])
 
 
-@claim("tolerance", every(unpacked, lambda trial: trial.recipe.B > 1, takes("strided inputs")))
+@claim("tolerance", every(unpacked, more("B"), takes("strided inputs")))
 def expanded(trial: Trial) -> Iterable[Measure]:
     """A batch made by expand (stride 0) gives what its copies give.
 
@@ -197,7 +205,9 @@ def state_v_first(trial: Trial) -> Iterable[Measure]:
 
 @claim("bitwise")
 def purity(trial: Trial) -> Iterable[Measure]:
-    """Inputs, and the memory around them, are untouched by forward and backward; no result shares memory with an input.
+    """Inputs, and the memory around every buffer, are untouched by forward and backward; no result shares an input's.
+
+    Bands of 64 elements lie before and behind every input, and every buffer that the call allocates from Python.
 
     Would have caught: onnxruntime #32166 (aliased continuation state), an op that destroys v, triton #6547 (updates
     applied twice).
@@ -208,13 +218,32 @@ def purity(trial: Trial) -> Iterable[Measure]:
         before = {name: _storage(x).clone() for name, x in watched.items()}
         leaves = {name: x.requires_grad_(backward) for name, x in tensors.items()}
         with blame():
-            result = call_tensors(trial.target, trial.case, leaves, keywords, backward=backward)
+            allocations, blocks = _kept(guarded_allocations)
+            result = call_tensors(
+                trial.target, trial.case, leaves, keywords, backward=backward, allocations=allocations
+            )
         for name, x in watched.items():
             yield Measure(f"{name} untouched", float((before[name] != _storage(x)).sum()), 0, x.numel())
         inputs = {x.untyped_storage().data_ptr() for x in tensors.values()}
         for name, x in result.tensors().items():
             shared = x.numel() > 0 and x.untyped_storage().data_ptr() in inputs
             yield Measure(f"{name} shares no memory with an input", float(shared), 0)
+        yield Measure("memory around what the call allocated untouched", float(trespassed(blocks)), 0, len(blocks))
+
+
+def _kept(
+    allocations: Callable[[], AbstractContextManager[list[torch.Tensor]]],
+) -> tuple[Callable[[], AbstractContextManager], list[torch.Tensor]]:
+    """Return a context of guarded allocations, and the list that will hold its blocks when it has ended."""
+    kept: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def active() -> Iterator[None]:
+        with allocations() as blocks:
+            yield
+        kept.extend(blocks)
+
+    return active, kept
 
 
 def _storage(x: torch.Tensor) -> torch.Tensor:
@@ -242,6 +271,28 @@ def repeated(trial: Trial, case: Case, first: Result, **how) -> Iterable[Measure
         for name, x in again.tensors().items():
             yield same_bits(f"{name} in call {calls}", x, expected[name])
     trial.met["repeats"] = min(calls, trial.met.get("repeats", calls))
+
+
+@claim("bitwise", tokens, most=8)
+def same_addresses(trial: Trial) -> Iterable[Measure]:
+    """A second call on the same tensors, filled with other numbers, gives what fresh tensors of those numbers give.
+
+    Would have caught: FlashQLA #23, FLA #770 (results and descriptors kept by the identity or the address of a tensor),
+    KernelBench's answers that are remembered, a graph that is replayed with the first call's inputs.
+    """
+    case, other = trial.case, _stranger(trial)
+    expected = trial.run(other)
+    made = [arguments(x, trial.target) for x in (case, other)]
+    (first, keywords), (second, _) = made
+    with blame():
+        trial.count(case)
+        call_tensors(trial.target, case, first, keywords)
+        trial.count(other)
+        for name, x in first.items():
+            x.copy_(second[name])
+        again = call_tensors(trial.target, other, first, keywords)
+    for name, x in again.tensors().items():
+        yield same_bits(f"{name} of the second call", x, expected.tensors()[name])
 
 
 @claim("bitwise")

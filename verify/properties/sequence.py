@@ -6,7 +6,7 @@ import numpy as np
 
 from verify import yardstick
 from verify.cases import TOKENWISE, Case
-from verify.claims import claim, every, plain, takes, tokens, unpacked
+from verify.claims import claim, condition, every, more, plain, takes, tokens, unpacked
 from verify.trial import Measure, Trial, same_bits
 
 
@@ -38,9 +38,12 @@ def split(trial: Trial) -> Iterable[Measure]:
         yield Measure("o bitwise", float(np.sum(parts["o"] != trial.forward.numbers()["o"])), 0, parts["o"].size)
 
 
-@claim(
-    "tolerance", every(unpacked, lambda trial: bool(trial.target.chunks) and "chunk_size" not in trial.target.refused)
-)
+@condition("the target takes chunk_size")
+def _chunks(trial: Trial) -> bool:
+    return bool(trial.target.chunks) and "chunk_size" not in trial.target.refused
+
+
+@claim("tolerance", every(unpacked, _chunks))
 def chunk_invariance(trial: Trial) -> Iterable[Measure]:
     """Every chunk length C gives the recurrence.
 
@@ -52,7 +55,12 @@ def chunk_invariance(trial: Trial) -> Iterable[Measure]:
             yield from trial.judge(got, trial.yard.exact, label=f"C={C} ")
 
 
-@claim("tolerance", every(unpacked, takes("initial_state"), lambda trial: trial.recipe.T <= 17))
+@condition("at most 17 tokens")
+def _short(trial: Trial) -> bool:
+    return trial.recipe.T <= 17
+
+
+@claim("tolerance", every(unpacked, takes("initial_state"), _short))
 def prefill_decode(trial: Trial) -> Iterable[Measure]:
     """Decoding token by token with the state handed on equals one prefill.
 
@@ -63,7 +71,12 @@ def prefill_decode(trial: Trial) -> Iterable[Measure]:
     yield from trial.judge(parts, trial.yard.exact)
 
 
-@claim("tolerance", lambda trial: bool(trial.recipe.lengths))
+@condition("packed sequences")
+def _packed(trial: Trial) -> bool:
+    return bool(trial.recipe.lengths)
+
+
+@claim("tolerance", _packed)
 def varlen_separate(trial: Trial) -> Iterable[Measure]:
     """Sequences packed with cu_seqlens give what separate runs give, empty sequences included; bitwise where claimed.
 
@@ -84,7 +97,7 @@ def varlen_separate(trial: Trial) -> Iterable[Measure]:
             yield Measure(f"{name} bitwise", float(np.sum(packed[name] != x)), 0, x.size)
 
 
-@claim("tolerance", every(unpacked, lambda trial: trial.recipe.T > 1))
+@claim("tolerance", every(unpacked, more("T")))
 def prefix(trial: Trial) -> Iterable[Measure]:
     """The outputs of the first tokens do not depend on how many follow: a shorter run gives the same rows.
 
@@ -99,7 +112,7 @@ def prefix(trial: Trial) -> Iterable[Measure]:
         yield same_bits("o", result.o, trial.forward.o[:, : shorter.T])
 
 
-@claim("tolerance", every(unpacked, lambda trial: trial.recipe.B > 1))
+@claim("tolerance", every(unpacked, more("B")))
 def batch_alone(trial: Trial) -> Iterable[Measure]:
     """An entry of a batch computed alone gives what it gave among the others.
 
@@ -114,10 +127,12 @@ def batch_alone(trial: Trial) -> Iterable[Measure]:
         yield same_bits("S", result.S, trial.forward.S[n : n + 1])
 
 
-@claim(
-    "bitwise",
-    every(takes("T = 0"), takes("initial_state"), lambda trial: 0 in trial.recipe.lengths or not trial.recipe.lengths),
-)
+@condition("no packed sequences, or an empty one among them")
+def _empty(trial: Trial) -> bool:
+    return 0 in trial.recipe.lengths or not trial.recipe.lengths
+
+
+@claim("bitwise", every(takes("T = 0"), takes("initial_state"), _empty))
 def empty_sequence(trial: Trial) -> Iterable[Measure]:
     """A sequence without tokens passes its state through as a copy, bit for bit; o has no rows.
 
@@ -183,7 +198,7 @@ def reset(trial: Trial) -> Iterable[Measure]:
     yield from _reset_at(trial, -np.inf)
 
 
-@claim("tolerance", plain)
+@claim("tolerance", every(plain, takes("g < -5")))
 def finite_reset(trial: Trial) -> Iterable[Measure]:
     """A gate of -1000 forgets like minus infinity: exp underflows to 0.
 

@@ -1,0 +1,105 @@
+"""Bring the tokens of a block in by one compiled function, whatever their strides, dtypes, heads and lengths are.
+
+`schedule.gather` copies tensor by tensor and sequence by sequence: 22 us a call where one thread copies 1 MiB in 60,
+and what is small is copied by one thread. Here every row of a block is read from where its lane begins, plus so many
+steps. A tensor comes in as overlapping rows [any, channels] with strides (1, 1), so that the number of a row is its
+place in memory, and no stride or length is compiled in.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from impls.activations import l2norm
+from impls.compiler_cpu import compiled
+from impls.schedule import Span
+from impls.sequences import padded
+
+
+class Fetch:
+    """Bring in blocks [slots * lanes, C, channels'] of some tensors, as `schedule.gather` does without activations.
+
+    tensors: q, k, v or g [B * T, H or HV, channels], or beta [B * T, HV]. dtype: of what is brought in, but of tensors
+    at `kept`, which keep theirs. norms: the places of those that `l2norm` divides in some calls: where `normed`. Both
+    kinds of calls are compiled for at once.
+    """
+
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], HV: int, shape: tuple[int, int, int], dtype, kept=(), norms=(),
+        normed: bool = False,
+    ):  # fmt: skip
+        slots, lanes, C = self.shape = shape
+        widths = [padded(x.shape[2]) if x.ndim == 3 else 1 for x in tensors]
+        tensors = [_together(x if x.ndim == 3 else x.unsqueeze(-1)) for x in tensors]
+        self.strides = [(*x.stride()[:2], HV // x.shape[1]) for x in tensors]
+        self.memory = [*(torch.tensor(x.stride(0)) for x in tensors), *map(_rows, tensors)]
+        dtypes = [x.dtype if i in kept else dtype for i, x in enumerate(tensors)]
+        kinds = [(x.shape[2], widths[i], x.dtype, dtypes[i]) for i, x in enumerate(tensors)]
+        functions = [_compiled(tuple(kinds), which, slots * lanes, C, torch.get_num_threads()) for which in ((), norms)]
+        self.fetched = functions[normed]
+
+    def __call__(self, block: Sequence[Span]) -> list[torch.Tensor]:
+        """Return the tokens of a block [slots * lanes, C, channels'], zero where there are none."""
+        tokens, counts, heads = _lanes(block, self.shape)
+        begin = {(t, h, n): torch.from_numpy(tokens * t + heads // n * h) for t, h, n in set(self.strides)}
+        return self.fetched(torch.from_numpy(counts), *(begin[x] for x in self.strides), *self.memory)
+
+
+def _lanes(block: Sequence[Span], shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the first token, the number of tokens and the value head of the lanes of a block: [3, slots * lanes].
+
+    Lanes that nobody takes have no token; the first token and the head then are 0.
+    """
+    slots, lanes, C = shape
+    found = np.zeros((3, slots, lanes), dtype=np.int64)
+    for span in block:
+        runs, heads = span.runs, range(span.heads.start, span.heads.stop)
+        of_lanes = [[start] * len(heads) for start in runs.starts], [[n] * len(heads) for n in runs.lengths]
+        first, count, head = found[:, span.slot : span.slot + span.slots, : span.lanes]
+        passed = (span.first + C * np.arange(span.slots))[:, None]
+        first[:], count[:] = np.array(of_lanes).reshape(2, 1, -1) + [passed, -passed]
+        head[:] = [*heads] * len(runs.order)
+    return found.reshape(3, slots * lanes)
+
+
+def _together(x: torch.Tensor) -> torch.Tensor:
+    """Return x, copied where its channels lie apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Return all memory of x [B * T, heads, channels] as overlapping rows [any, channels]."""
+    channels, extent = x.shape[-1], 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((extent - channels + 1, channels), (1, 1))
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(
+    kinds: tuple[tuple[int, int, torch.dtype, torch.dtype], ...], normed: tuple[int, ...], lanes: int, C: int,
+    threads: int,
+) -> Callable:
+    """Return a function of the lanes' numbers of tokens, and the lanes' places [lanes], steps and rows of tensors.
+
+    kinds: channels, channels', dtype, and the dtype to return. normed: the places of tensors whose rows are normed.
+    It returns [lanes, C, channels']; compiled for so many threads.
+    """
+    n = len(kinds)
+
+    def fetched(counts, *of_tensors):
+        passed = torch.arange(C)
+        present, found = passed < counts.unsqueeze(-1), []
+        passed = torch.where(present, passed, 0)
+        for i, (channels, width, _, dtype) in enumerate(kinds):
+            begin, step, x = of_tensors[i::n]
+            x = x[begin.unsqueeze(-1) + passed * step]
+            x = torch.where(present.unsqueeze(-1), l2norm(x, dtype) if i in normed else x.to(dtype), 0.0)
+            found.append(F.pad(x, (0, width - channels)))
+        return found
+
+    inputs = [torch.zeros(lanes, dtype=torch.int64) for _ in range(n + 1)]
+    inputs += [torch.zeros((), dtype=torch.int64) for _ in range(n)]
+    inputs += [torch.zeros(2 * m, dtype=kind).as_strided((m + 1, m), (1, 1)) for m, _, kind, *_ in kinds]
+    return compiled(fetched, inputs, rows=True)

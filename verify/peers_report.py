@@ -1,0 +1,203 @@
+"""Judge the peers that are installed here, and say in PEERS.md what was found: `python -m verify peers`."""
+
+import argparse
+import contextlib
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from verify import display, records, session
+from verify.choice import UsageError, first_device, meant
+from verify.judging import command_for
+from verify.peers import PEERS
+from verify.plan import PROFILES, RESTARTS, Plan
+from verify.recipes import from_json, words
+from verify.records import INFINITE
+from verify.session import Verdict
+
+MISSING = "not installed here"
+MOST = 6
+"""Failing properties of a peer that are listed with their smallest case; the rest by name."""
+
+
+def main(argv: list[str], console: Console) -> int:
+    """Judge the peers and write the report; returns 0, whatever is found: it is a report, not a test."""
+    args = _parser().parse_args(argv)
+    _check(args)
+    chosen = {name: PEERS[name] for name in args.names or PEERS}
+    devices = {name: first_device(peer.devices) for name, peer in chosen.items() if peer.installed}
+    plans = [_plan(name, device, args) for name, device in devices.items() if device]
+    lines = _judge(plans, args, console)
+    verdicts = {plan.target: Verdict(plan.target) for plan in plans}
+    for record in lines:
+        if record.get("target") in verdicts:
+            verdicts[record["target"]].add(record)
+    text = report(verdicts, devices, {name: _command(args.out, v) for name, v in verdicts.items()}, args.profile)
+    args.output.write_text(text)
+    console.print(f"{len(verdicts)} peers judged, {args.output} written", soft_wrap=True)
+    return session.PASS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m verify peers", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="PEER", help=f"out of {', '.join(PEERS)}; default all")
+    parser.add_argument("-o", "--output", type=Path, default=Path("PEERS.md"), help="the report (default PEERS.md)")
+    parser.add_argument("--profile", default="quick", metavar="NAME", help=f"out of {', '.join(PROFILES)} (quick)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which recipes are drawn (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("verify-results"), metavar="DIR", help="failing cases")
+    records_help = "keep the records there; peers that are in it already are not judged again"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=records_help)
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, known, what in [*((x, PEERS, "peer") for x in args.names), (args.profile, PROFILES, "profile")]:
+        if name not in known:
+            raise UsageError(f"unknown {what} {name}{meant(name, known)}; known are {', '.join(known)}")
+
+
+def _plan(name: str, device: str, args: argparse.Namespace) -> Plan:
+    profile, peer = PROFILES[args.profile], PEERS[name]
+    common = {"seed": args.seed, "examples": profile.examples, "head_dims": peer.head_dims}
+    return Plan(name, device, args.profile, profile.dtypes, restarts=RESTARTS, **common)
+
+
+def _judge(plans: list[Plan], args: argparse.Namespace, console: Console) -> list[dict]:
+    """Judge what the file of records does not hold yet; returns all records."""
+    lines = records.read(args.json) if args.json and args.json.is_file() else []
+    finished = {x["target"] for x in lines if x["kind"] in ("target", "crash", "usage") and "restarts" not in x}
+    left = [plan for plan in plans if plan.target not in finished]
+    lines = [x for x in lines if x.get("target") in finished]
+    expected = {plan.target: plan.examples * len(plan.dtypes) for plan in left}
+    with contextlib.ExitStack() as stack:
+        show = stack.enter_context(display.progress(console, expected))
+        stream = stack.enter_context(args.json.open("w")) if args.json else None
+        if stream:
+            stream.writelines(map(records.line, lines))
+
+        def listen(record: dict) -> None:
+            lines.append(record)
+            if stream:
+                stream.write(records.line(record))
+                stream.flush()
+            show(record)
+
+        session.run([[plan] for plan in left], listen)
+    return lines
+
+
+def _command(out: Path, verdict: Verdict) -> list[str]:
+    return [command_for(out, failure) for failure in verdict.failures]
+
+
+def report(
+    verdicts: dict[str, Verdict], devices: dict[str, str | None], commands: dict[str, list[str]], profile: str
+) -> str:
+    """Write the report in Markdown: one section a peer, in neutral words."""
+    versions = records.versions()
+    told = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "triton", "numpy") if name in versions)
+    lines = [
+        "# What the judge says of other implementations of KDA",
+        "",
+        f"Generated by `python -m verify peers --profile {profile}` on {datetime.now(UTC):%Y-%m-%d} with {told}; not "
+        "edited by hand.",
+        "",
+        "A row is one function of one released version, called as its documentation asks, on one device. UNSUPPORTED",
+        "is what it refuses or its documentation excludes, with the share of the drawn cases that this takes away: no",
+        "fault. A claim has a counterexample where a drawn case was found on which it does not hold within the limits",
+        "of the precision that the function is assumed to have; the smallest case found stands below it, with the",
+        "command that shows it again. `interpret` is Triton's interpreter on a CPU: it shows neither races nor what a",
+        "compiler does, and the first configuration of an autotuner is taken. Where no counterexample was found",
+        "nothing more is said than that.",
+        "",
+        "| name | package | device | verdict | cases |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [_row(name, verdicts.get(name), devices) for name in PEERS]
+    for name in PEERS:
+        if name in verdicts:
+            lines += _section(verdicts[name], devices[name], commands[name])
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, verdict: Verdict | None, devices: dict[str, str | None]) -> str:
+    peer = PEERS[name]
+    if verdict is None:
+        why = f"runs on {', '.join(peer.devices)} only" if peer.installed else MISSING
+        return f"| {name} | {peer.distribution} | - | {why} | - |"
+    return f"| {name} | {peer.distribution} {peer.version} | {devices[name]} | {_verdict(verdict)} | {verdict.seen} |"
+
+
+def _verdict(verdict: Verdict) -> str:
+    if verdict.broken:
+        return "could not be judged" if verdict.code == session.USAGE else _ended(verdict)
+    finite = sum(not _infinite(failure) for failure in verdict.failures)
+    infinite = len(verdict.failures) - finite
+    return {
+        session.PASS: "no counterexample",
+        session.NOTHING: "cannot run here",
+        session.FLAKY: "not deterministic",
+    }.get(verdict.code, f"counterexamples to {finite} claims, to {infinite} with gates of minus infinity")
+
+
+def _ended(verdict: Verdict) -> str:
+    """Say that processes ended, and whether what they left was judged."""
+    return "the process ended" if verdict.done is None else f"{len(verdict.crashes)} cases ended the process"
+
+
+def _section(verdict: Verdict, device: str, commands: list[str]) -> list[str]:
+    peer = PEERS[verdict.target]
+    failing = {x["property"].removesuffix(INFINITE) for x in verdict.failures}
+    passed = {name.removesuffix(INFINITE) for name in verdict.cells} - failing
+    what = f"{peer.summary}; `{peer.place}` of {peer.distribution} {peer.version} on {device}: {_verdict(verdict)}."
+    lines = ["", f"## {verdict.target}", "", what, ""]
+    if verdict.broken:
+        lines += ["", f"    {verdict.broken['reason']}"]
+    for probe in verdict.probes:
+        if probe["outcome"] != "supported":
+            share = "" if probe["share"] is None else f" ({probe['share']:.0%} of the cases)"
+            word = {"refused": "UNSUPPORTED", "ignored": "taken without effect", "wrong": "answered otherwise"}
+            lines += [f"- {word[probe['outcome']]}: {_code(probe['axis'])}{share}: {_code(probe['reason'])}"]
+    told = list(zip(verdict.failures, commands, strict=True))
+    finite = [x for x in told if not _infinite(x[0])]
+    lines += _cases("with finite gates", finite, MOST) + _cases(
+        "with gates of minus infinity", [x for x in told if _infinite(x[0])], 1
+    )
+    if verdict.failures:
+        lines += ["", f"{len(passed)} claims held on every case."]
+    if verdict.code == session.PASS:
+        lines += ["", f"{len(passed)} claims held on {verdict.seen} cases."]
+    return lines
+
+
+def _infinite(failure: dict) -> bool:
+    """Tell whether a failing case has a gate of minus infinity, planted by its recipe or by the property."""
+    return failure["property"].endswith(INFINITE) or failure["property"] == "reset"
+
+
+def _cases(title: str, told: list[tuple[dict, str]], most: int) -> list[str]:
+    """List failing claims: the smallest cases first, so many of them with what was found."""
+    if not told:
+        return []
+    told = sorted(told, key=lambda x: session.size(x[0]))
+    lines = ["", f"Counterexamples {title}, {len(told)} claims:", ""]
+    for failure, command in told[:most]:
+        figures = f"observed {_figure(failure['observed'])}, allowed {_figure(failure['allowed'])}"
+        lines += [
+            f"- `{failure['property']}`: {_code(' '.join((failure['what'], failure['where'])).strip())}: {figures}",
+            f"  - {words(from_json(failure['recipe']))}",
+            f"  - `{command}`",
+        ]
+    if rest := sorted({failure["property"].removesuffix(INFINITE) for failure, _ in told[most:]}):
+        lines += [f"- and {len(rest)} more, often of the same cause: {', '.join(rest)}"]
+    return lines
+
+
+def _figure(x: float | str) -> str:
+    return f"{float(x):.3g}"
+
+
+def _code(text: str) -> str:
+    """Return a text as a span of code, in which Markdown takes nothing for its own."""
+    return "`" + "".join(c if c.isprintable() and c != "`" else " " for c in text) + "`"
