@@ -15,6 +15,9 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "
 LATENTS = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
 
 
+_imported: dict[str, ModuleType] = {}
+
+
 def name_of(family: str) -> str:
     """Return the name of a family's module."""
     return f"transformers.models.{family}.modeling_{family}"
@@ -22,16 +25,20 @@ def name_of(family: str) -> str:
 
 @contextlib.contextmanager
 def imported() -> Iterator[dict[str, ModuleType]]:
-    """Import the three modules afresh, with the library's torch functions, whatever faster ones are installed.
+    """Put into sys.modules the three modules with the library's torch functions, whatever faster ones are installed.
 
-    Afterwards sys.modules holds what it held before.
+    They are imported once in a process: torch.compile keeps the module that it met first under a name, and looks up
+    what it guards there. Afterwards sys.modules holds what it held before.
     """
     faster = ("fla", "causal_conv1d")
     names = [*faster, *map(name_of, FAMILIES)]
     kept = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.modules |= dict.fromkeys(faster)
+    sys.modules |= _imported
     try:
-        yield {family: importlib.import_module(name_of(family)) for family in FAMILIES}
+        modules = {family: importlib.import_module(name_of(family)) for family in FAMILIES}
+        _imported.update((module.__name__, module) for module in modules.values())
+        yield modules
     finally:
         for name in names:
             sys.modules.pop(name, None)
