@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from impls.activations import L2NORM_EPSILON, compute_dtype, l2norm_, log_decay, write_strength
 from impls.adjoint_torch import adjoint
@@ -30,6 +31,8 @@ BLOCK_TOKENS = 64
 GROUP_ELEMENTS = 2**20
 """How many elements the states of a group may have: 4 MiB in float32."""
 ROWS = 16
+LIBRARY_FROM = 400
+"""Products of fewer elements torch takes in a loop of its own, whose sums have other bits than the library's."""
 LANES = (32, 4, 1)
 """How many states the compiled steps take: others are taken in parts, so that no number of them compiles again."""
 Step = Callable[..., None]
@@ -49,8 +52,14 @@ def recurrent_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keyword
 def step(S0: torch.Tensor, S: torch.Tensor, q, k, v, g, beta, out: torch.Tensor) -> None:
     """Take states S0 [M, K, V] over one token into S, which may be S0, and write S^T q into out [M, 1, V].
 
-    q, k, v, g are rows [M, 1, K or V], beta [M, 1, 1].
+    q, k, v, g are rows [M, 1, K or V], beta [M, 1, 1]. States of 16 x 16 get null columns, or a slice of the values
+    would have other bits than the whole: so they had on Intel's CPUs.
     """
+    if S.shape[1] * S.shape[2] < LIBRARY_FROM:
+        wide = [F.pad(x, (0, S.shape[2])) for x in (S0, S, v, out)]
+        step(wide[0], wide[1], q, k, wide[2], g, beta, wide[3])
+        S.copy_(wide[1][..., : S.shape[2]]), out.copy_(wide[3][..., : S.shape[2]])
+        return
     torch.mul(S0, g.exp().mT, out=S)
     delta = torch.bmm(k, S)
     torch.sub(v, delta, out=delta).mul_(beta)
