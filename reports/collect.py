@@ -122,16 +122,23 @@ class Collection:
         return [step for step in self.steps if not self._is_done(step)]
 
     def _is_done(self, step: Step) -> bool:
-        return self.state["steps"].get(step.name, {}).get("outcome") == "done"
+        return self._became(step) == "done"
+
+    def _became(self, step: Step) -> str | None:
+        return self.state["steps"].get(step.name, {}).get("outcome")
 
     def collect(self, seconds: float) -> int:
-        """Run the steps that are left, each in its share of the time; returns the exit code."""
+        """Run the steps that are left, each in its share of the time; returns the exit code.
+
+        Who was cut off gets, once more, a share of what the others have left over.
+        """
         end, waiting = time.monotonic() + seconds - min(GRACE, RESERVE * seconds), self.left()
         self._write()
         self.say(f"{self.folder}: {len(self.steps) - len(waiting)} of {len(self.steps)} steps done")
         try:
             if waiting and not self._pass(waiting, end):
                 self._run(waiting[0], max(0.0, end - time.monotonic()))
+            self._pass([step for step in waiting if self._became(step) == "cut off"], end)
         except KeyboardInterrupt:
             self.say("interrupted")
             return INTERRUPTED

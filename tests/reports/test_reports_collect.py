@@ -165,6 +165,12 @@ def test_a_box_that_nothing_fits_into_goes_to_the_first_step(tmp_path):
     assert re.search(r"^a: at most (56|57) s$", "\n".join(said), re.M) and "not done: b" in said[-1]
 
 
+def test_who_was_cut_off_gets_what_the_others_left_over(tmp_path):
+    twice = writes("a") + "; sys.exit(0 if open(folder + '/a.txt').read() == 'xx' else 7)"
+    code, found = collected(tmp_path, step("a", twice, resumes=True), step("b", writes("b"), 20))
+    assert (code, found["a"]["outcome"], list(found)) == (collect.DONE, "done", ["b", "a"])
+
+
 def test_the_next_call_goes_on_with_what_was_passed_over(tmp_path):
     steps = step("a", writes("a")), step("b", writes("b"), 1000), step("c", writes("c"))
     code, found = collected(tmp_path, *steps, seconds=120)
@@ -210,9 +216,7 @@ def test_a_step_that_is_done_at_the_last_moment_is_done(tmp_path, code, outcome)
 
 @pytest.mark.parametrize(("resumes", "text"), [(False, "x"), (True, "xx")])
 def test_files_of_a_step_that_was_cut_off_stay_where_it_goes_on_with_them(tmp_path, resumes, text):
-    steps = [step("a", writes("a") + "; sys.exit(7)", resumes=resumes)]
-    for _ in range(2):
-        collected(tmp_path, *steps)
+    collected(tmp_path, step("a", writes("a") + "; sys.exit(7)", resumes=resumes))  # run twice: time is left over
     assert (tmp_path / "a.txt").read_text() == text
 
 
