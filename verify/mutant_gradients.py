@@ -19,6 +19,12 @@ def beta_gradient_of_solve_missing(self, k, beta, between):
     return clean.erased(k, beta.detach(), between)
 
 
+@instead_of("write")
+def gradient_by_flags_of_another(self, k, delta):
+    """The values' gradient is left out where the keys, not the values, require none."""
+    return clean.write(k, delta if k.requires_grad else delta.detach())
+
+
 class _TotalMinusPrefix(torch.autograd.Function):
     """A sum along tokens whose backward takes the reverse sum as total minus prefix."""
 

@@ -157,15 +157,19 @@ def call(
     state_v_first: bool = False,
     do: bool = True,
     dS: bool = True,
+    wanted: frozenset[str] | None = None,
 ) -> Result:
     """Run a target on a case.
 
     `rearrange` maps each input tensor, and do and dS, to an equal one with another layout. `do` and `dS` False leave
-    that gradient out.
+    that gradient out. `wanted`: the inputs that require a gradient, where not all do.
     Raises whatever the target raises; Malformed if it returns something other than (o, final_state).
     """
     tensors, keywords = arguments(case, target, state_v_first)
-    leaves = {name: rearrange(x).detach().requires_grad_(backward) for name, x in tensors.items()}
+    leaves = {
+        name: rearrange(x).detach().requires_grad_(backward and (wanted is None or name in wanted))
+        for name, x in tensors.items()
+    }
     return call_tensors(target, case, leaves, keywords, backward, final_state, state_v_first, do, dS, rearrange)
 
 
@@ -222,8 +226,8 @@ def _starts(
 
 def _gradients(case: Case, leaves: dict, starts: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
     names = {"initial_state": "dS0"}
-    wanted = {names.get(name, f"d{name}"): x for name, x in leaves.items()}
-    if case.T == 0:  # what nothing was computed from has no gradient to give
+    wanted = {names.get(name, f"d{name}"): x for name, x in leaves.items() if x.requires_grad}
+    if case.T == 0 or len(wanted) < len(leaves):  # what was computed from nothing of it has no gradient to give
         starts = [(x, start) for x, start in starts if x.requires_grad]
     outputs, given = zip(*starts, strict=True) if starts else ((), ())
     found = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True) if outputs else []

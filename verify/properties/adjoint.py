@@ -5,10 +5,19 @@ from collections.abc import Iterable
 import numpy as np
 
 from verify import yardstick
-from verify.claims import claim, condition, every, gradients, more, plain, unpacked
+from verify.claims import claim, condition, every, gradients, more, plain, takes, unpacked
 from verify.trial import Measure, Trial
 
 _plain_gradients = every(gradients, plain)
+
+
+FEWER = 12
+"""Recipes of a dtype on which properties that take several backwards are asked at most."""
+
+
+@condition("an initial state")
+def _with_state(trial: Trial) -> bool:
+    return trial.recipe.state
 
 
 @condition("a gate of minus infinity")
@@ -96,6 +105,53 @@ def conservation_gate(trial: Trial) -> Iterable[Measure]:
     right = _dot(case.do, got["o"]) - _dot(case.v, got["dv"])
     allowed = width * legal["dg"] + following_legal + _size(case.do) * legal["o"] + _size(case.v) * legal["dv"]
     yield _law(trial, "sum dg", dg - following, right, allowed)
+
+
+@claim("tolerance", every(_plain_gradients, _with_state))
+def conservation_state(trial: Trial) -> Iterable[Measure]:
+    """Per channel: dg_{1,c} = sum_j (dS_0)_{cj} (S_0)_{cj}: a gate and the state that it decays scale the same rows.
+
+    Reference-free. The laws summed over channels cannot see gradients of channels exchanged. Would have caught: gates
+    of another head or channel in the backward (FLA #781), a decay missing in dS_0.
+    """
+    got, legal, case = trial.both.numbers(), trial.yard.legal, trial.case
+    rows = np.sum(got["dS0"] * case.S0, axis=-1)
+    allowed = legal["dg"][:, 0, :, None] + (np.abs(case.S0) @ legal["dS0"][..., None])[..., 0]
+    yield _law(trial, "dg of token 1", got["dg"][:, 0], rows, allowed)
+
+
+@claim("tolerance", every(gradients, unpacked, more("T"), takes("initial_state")), FEWER)
+def gradient_split(trial: Trial) -> Iterable[Measure]:
+    """Gradients pass through a cut: those of [s, T) from the state in between, then of [0, s) with its dS_0 for dS_s.
+
+    Would have caught: FLA #1141, #1146 (gradient through the final state), a state gradient of the wrong chunk.
+    """
+    case = trial.case
+    cut = trial.dice("gradient cut").integer(1, case.T)
+    early, late = case.tokens(0, cut), case.tokens(cut, case.T)
+    state = trial.run(early).numbers()["S"]
+    behind = trial.run(late.but(S0=state), backward=True).numbers()
+    before = trial.run(early.but(dS=behind["dS0"]), backward=True).numbers()
+    joined = {x: np.concatenate([before[x], behind[x]], axis=1) for x in ("dq", "dk", "dv", "dg", "dbeta")}
+    if case.S0 is not None:
+        joined["dS0"] = before["dS0"]
+    yield from trial.judge(joined, trial.yard.exact)
+
+
+@claim("tolerance", gradients, FEWER)
+def gradient_subset(trial: Trial) -> Iterable[Measure]:
+    """The gradients of some inputs, where the others require none, are those that they have among all.
+
+    Would have caught: a term that is dropped with an input whose gradient nobody wants (g = None), flags of one input
+    read for another.
+    """
+    inputs = sorted({"q", "k", "v", "g", "beta"} | ({"initial_state"} if trial.recipe.state else set()))
+    picked = trial.dice("wanted").integers(0, 2, (len(inputs),))
+    picked[trial.dice("one").integer(0, len(inputs))] = 1
+    wanted = frozenset(name for name, one in zip(inputs, picked, strict=True) if one)
+    got = trial.run(trial.case, backward=True, wanted=wanted).numbers()
+    whole = trial.both.numbers()
+    yield from trial.pair({name: x for name, x in got.items() if name in trial.yard.exact}, whole)
 
 
 @claim("bound", every(gradients, unpacked, more("T")))
