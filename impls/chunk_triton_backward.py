@@ -238,17 +238,31 @@ def summed(chosen, x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def level_gradients(
-    b_dq, b_dk, b_q, b_k, b_alpha, dP, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, OPERAND: tl.constexpr,
-    PRODUCTS: tl.constexpr, EXACT: tl.constexpr,
-):
-    """Return dq, dk [C, BK] with what the levels add, their dg, and `before` and `after` of the whole chunk.
+def joined(before, after, n, row, column, EXACT: tl.constexpr):
+    """Return the decays [C, BK] to the ends of parts of 2^(n + 1) tokens, given those of 2^n tokens."""
+    is_late = ((row >> n) & 1) == 1
+    sibling = summed(column == (((((row >> n) ^ 1) + 1) << n) - 1), before, EXACT)
+    return tl.where(is_late, before * sibling, before), tl.where(is_late, after, after * sibling)
 
-    dP [C, 2 C]: dA^T beside dL^T.
-    """
+
+@triton.jit
+def whole_chunk(b_alpha, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr):
+    """Return the decays [C, BK] of every token from the chunk's beginning, itself included, and to its end."""
+    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    before, after = b_alpha, tl.full([C, BK], 1.0, tl.float32)
+    for n in range(LEVELS):
+        before, after = joined(before, after, n, row, column, EXACT)
+    return before, after
+
+
+@triton.jit
+def level_gradients(
+    b_dq, b_dk, b_dg, b_q, b_k, b_alpha, dP, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
+    OPERAND: tl.constexpr, PRODUCTS: tl.constexpr, EXACT: tl.constexpr,
+):
+    """Return dq, dk and dg [C, BK] with what the levels add. dP [C, 2 C]: dA^T beside dL^T."""
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     of_pair = (tl.arange(0, 2 * C) % C)[None, :]
-    b_dg = tl.zeros([C, BK], tl.float32)
     before, after = b_alpha, tl.full([C, BK], 1.0, tl.float32)
     for n in range(LEVELS):
         pair = ((row >> (n + 1)) == (of_pair >> (n + 1))) & ((row >> n) < (of_pair >> n))
@@ -262,9 +276,8 @@ def level_gradients(
         is_late, same = ((row >> n) & 1) == 1, (row >> n) == (column >> n)
         part_of = same & ((is_late & (column >= row)) | ((row > column) & (is_late == 0)))
         b_dg += summed(part_of, of_q * b_q + of_k * b_k, EXACT)
-        sibling = summed(column == (((((row >> n) ^ 1) + 1) << n) - 1), before, EXACT)
-        before, after = tl.where(is_late, before * sibling, before), tl.where(is_late, after, after * sibling)
-    return b_dq, b_dk, b_dg, before, after
+        before, after = joined(before, after, n, row, column, EXACT)
+    return b_dq, b_dk, b_dg
 
 
 @triton.jit
@@ -405,18 +418,19 @@ def token_gradients(
             )
             o_p = tl.arange(0, 2 * C)
             of_late = tl.where(o_p < C, scale, -tl.load(strength + i_c * C + o_p % C))
-            sum_q, sum_k, b_dg, before, after = level_gradients(
-                sum_q, sum_k, b_q, b_k, alpha, dP * b_beta[:, None] * of_late[None, :],
-                C, BK, LEVELS, OPERAND, PRODUCTS, EXACT,
-            )
+            before, after = whole_chunk(alpha, C, BK, LEVELS, EXACT)
             of_q, of_y, of_e = of_q * before * scale, of_y * before * -b_beta[:, None], of_e * after * b_beta[:, None]
             diagonal = (diagonal * b_beta * scale)[:, None]
             sum_q += of_q + diagonal * b_k
             sum_k += of_y + of_e + diagonal * b_q
+            earlier = o_c[None, :] < o_c[:, None]
+            b_dg = summed(earlier == 0, of_q * b_q + of_y * b_k, EXACT) + summed(earlier, of_e * b_k, EXACT)
+            b_dg += (to_total * tl.sum(tl.where((o_c == C - 1)[:, None], before, 0.0), 0))[None, :]
+            sum_q, sum_k, b_dg = level_gradients(
+                sum_q, sum_k, b_dg, b_q, b_k, alpha, dP * b_beta[:, None] * of_late[None, :],
+                C, BK, LEVELS, OPERAND, PRODUCTS, EXACT,
+            )
             if dg is not None or of_A_log is not None or of_dt_bias is not None:
-                earlier = o_c[None, :] < o_c[:, None]
-                b_dg += summed(earlier == 0, of_q * b_q + of_y * b_k, EXACT) + summed(earlier, of_e * b_k, EXACT)
-                b_dg += (to_total * tl.sum(tl.where((o_c == C - 1)[:, None], before, 0.0), 0))[None, :]
                 store_gates(
                     g, A_log, dt_bias, dg, of_A_log, of_dt_bias, b_dg, first, length, i_c, i_h, lower_bound,
                     HV, K, BK, C, GATE, APPROXIMATE, CONTIGUITY,

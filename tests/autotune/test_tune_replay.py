@@ -22,7 +22,6 @@ from autotune.replay import Recorded
 from autotune.search import FAILED, GP, TPE, Search
 from autotune.space import Setting, space_of
 from impls import ChunkTorchConfig, tuned
-from impls.devices import named as device_of
 
 TABLE = Path(__file__).with_name("trials-chunk-torch-4096.json")
 FIXED = {4096: {"group": 8, "threads": 0}, 1024: {"compile": False, "heads": 16}}
@@ -87,7 +86,7 @@ def replayed(folder: Path, monkeypatch, *arguments: str) -> dict:
     passed = {"code": 0, "outcome": "passed", "counts": {}, "failed": [], "reason": None}
     monkeypatch.setattr(judge, "verified_config", lambda *asked: passed)
     assert main(["tune", "--replay", str(TABLE), "--out", str(folder), *arguments]) == PASS
-    return tuned.read(tuned.path_of(folder, "chunk_torch", device_of("cpu")["name"]))["entries"][0]
+    return tuned.read(tuned.path_of(folder, "chunk_torch", Recorded(TABLE).device["name"]))["entries"][0]
 
 
 def test_the_loop_runs_to_a_file_that_calls_find(table, tmp_path, monkeypatch):
@@ -96,6 +95,7 @@ def test_the_loop_runs_to_a_file_that_calls_find(table, tmp_path, monkeypatch):
     assert table.outcomes[chosen].ratio.median <= 1.02 * min(x.ratio.median for x in table.outcomes.values())
     assert entry["timing"]["trials"] == sum(entry["timing"]["ways"].values()) == 15 and not entry["timing"]["noise"]
     monkeypatch.setenv("KDA_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(tuned, "named", lambda device: table.device)
     tuned.forget()
     found = tuned.looked_up("chunk_torch", "cpu", table.shape)
     assert (found.config, found.row) == (chosen, "exact")

@@ -100,7 +100,8 @@ def test_boundaries_are_kept_while_decoding(model, ids):
     assert cache.kept_bytes() == 2 * sum(x.nbytes for x in cache.live.tensors())
 
 
-def test_unequal_sequences_are_truncated_together(model):
+def test_unequal_sequences_are_truncated_together():
+    model = random_model(preset("tiny"), dtype=torch.float64)  # in float32 products of other sizes differ by 1e-5
     cache = model.cache(2, 40, boundary=8)
     model.prefill([list(range(9)), list(range(30))], cache)
     cache.truncate(8)
@@ -108,7 +109,7 @@ def test_unequal_sequences_are_truncated_together(model):
     model.prefill([list(range(8))], alone)
     assert cache.lengths == (8, 8)
     assert all(
-        torch.allclose(x[:1], y, atol=1e-6) for x, y in zip(cache.live.tensors(), alone.live.tensors(), strict=True)
+        torch.allclose(x[:1], y, rtol=1e-10) for x, y in zip(cache.live.tensors(), alone.live.tensors(), strict=True)
     )
     cache.truncate(0)
     assert cache.lengths == (0, 0) and not any(x.any() for x in cache.live.tensors())
