@@ -160,6 +160,23 @@ def _refuse(ctx, *gradients):
     )
 
 
+def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Tell whether nobody would see a call of an op without gradients but us, so that its function may be called.
+
+    Not so while torch compiles, traces or profiles, under modes and transforms, and for tensors of other classes.
+    """
+    return (
+        all(x is None or type(x) in _PLAIN for x in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 library = torch.library.Library("kda_forge", "FRAGMENT")
 _RAW_INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, "

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from impls import fused_recurrent_kda, kda, pages, recurrent_torch
 
@@ -149,3 +150,29 @@ def test_threads_never_share_the_memory_of_tensors_that_live(mapped):
 def test_small_states_are_left_to_malloc(monkeypatch):
     monkeypatch.setattr(pages, "_mapped", None)
     assert pages.room((3, 2), torch.float64, torch.device("cpu")).shape == (3, 2)
+
+
+class _Seen(TorchDispatchMode):
+    """Note the ops of this project that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "kda_forge":
+            self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_op_that_is_passed_by_where_nobody_looks(draw, draw_state, monkeypatch):
+    inputs, S0 = draw(2, 1, 2, 2, 16, 16), draw_state(2, 2, 16, 16)
+    asked = {"implementation": "recurrent_torch", "initial_state": S0, "output_final_state": True}
+    with _Seen() as seen:
+        watched = kda(*inputs, **asked)
+    assert seen.names == ["recurrent_torch_raw"]
+    with torch.profiler.profile() as profile:
+        kda(*inputs, **asked)
+    assert "kda_forge::recurrent_torch_raw" in {event.key for event in profile.key_averages()}
+    monkeypatch.setattr(recurrent_torch, "op_raw", None)
+    assert all(torch.equal(x, y) for x, y in zip(kda(*inputs, **asked), watched, strict=True))
