@@ -246,4 +246,4 @@ def _forward_raw(
 op = register("recurrent_torch", _forward, adjoint)
 op_raw = register_raw("recurrent_torch_raw", _forward_raw, kept_dtype=lambda v: v.dtype)
 run_raw = in_full_precision(_forward_raw)
-"""What op_raw runs, for those whom nobody watches: one step of 32 heads took 330 us instead of 450 on two slow cores."""
+"""What op_raw runs, for those whom nobody watches: a step of 32 heads took 330 us instead of 450 on two slow cores."""
