@@ -20,7 +20,8 @@ from impls.pages import keep_freed_memory
 TILE = (6, 32, 1)
 """Rows, columns and depth of the sums that the template keeps in registers."""
 
-_ANY_ROWS = {"size_asserts": False, "assert_indirect_indexing": False, "max_fusion_size": 1}
+_UNCHECKED = {"size_asserts": False}
+_ANY_ROWS = _UNCHECKED | {"assert_indirect_indexing": False, "max_fusion_size": 1}
 
 _compiling = threading.Lock()
 
@@ -40,12 +41,17 @@ def can_compile() -> bool:
 
 
 def compiled(
-    function: Callable, inputs: Sequence[torch.Tensor], products: bool = False, rows: bool = False
+    function: Callable,
+    inputs: Sequence[torch.Tensor],
+    products: bool = False,
+    rows: bool = False,
+    unchecked: bool = False,
 ) -> Callable:
     """Compile a function of tensors for the shapes, strides and dtypes of `inputs`; products: in the template.
 
     rows: it takes rows out of tensors of any size, whose elements it then finds by their strides alone, and works on
-    tensor by tensor: from four at once memory gives 9 GB/s instead of 13.
+    tensor by tensor: from four at once memory gives 9 GB/s instead of 13. unchecked: the function looks at no shapes or
+    strides of what it is given, where only the elements, in their order, need to be those of `inputs`.
 
     Returns a function of tensors of that kind; it returns a sequence, and modifies what the function modifies.
     Compiling takes seconds, and a fraction of one where an earlier process left its result in Inductor's cache.
@@ -66,12 +72,14 @@ def compiled(
         return () if (found := function(*tensors)) is None else found
 
     tag = f"{torch.compiler.config.cache_key_tag} kda {TILE} {torch.get_num_threads()}"  # what the cache's key lacks
-    template = _template() if products else contextlib.nullcontext(_ANY_ROWS if rows else {})
+    loose = _ANY_ROWS if rows else _UNCHECKED if unchecked else {}
+    template = _template() if products else contextlib.nullcontext(loose)
     cache = torch.compiler.config.patch(cache_key_tag=tag)
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)  # without an environment nothing is cached
     with _compiling, cache, torch.inference_mode(False), torch.no_grad(), template as patches:
         decompositions = select_decomp_table() | (_DECOMPOSITIONS if products and patches else {})
-        inputs = [fakes.from_tensor(x) for x in inputs]
+        # a tensor made in inference mode may not be modified outside it, not even where only its shape is looked at
+        inputs = [fakes.from_tensor(x.clone() if x.is_inference() else x) for x in inputs]
         with fakes:
             graph = make_fx(functionalize(results, remove="mutations"), decompositions)(*inputs)
         with inductor.patch(patches), tracing(TracingContext(fakes)):

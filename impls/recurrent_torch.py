@@ -13,18 +13,22 @@ block. Memory is inputs, outputs, and the inputs of 64 tokens.
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
+from impls import again
 from impls.activations import L2NORM_EPSILON, compute_dtype, l2norm_, log_decay, write_strength
 from impls.adjoint_torch import adjoint
-from impls.call import call_activated, call_raw, value_first
+from impls.call import call_activated, call_raw, checked, value_first
 from impls.checks import bounds_of, wants_gradient
 from impls.choice import recurrent_torch_config, recurrent_torch_launch
 from impls.compiler_cpu import can_compile, compiled
+from impls.configs import RecurrentTorchConfig
+from impls.pages import room
 from impls.registration import in_full_precision, register, register_raw, unobserved
-from impls.sequences import Runs, by_token, flat, runs_of, scatter
+from impls.sequences import CHANNEL_MULTIPLE, Runs, by_token, flat, runs_of, scatter
 from impls.states import States
 
 BLOCK_TOKENS = 64
@@ -44,11 +48,15 @@ def recurrent_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keyword
     config: a RecurrentTorchConfig. Raises as `choice.recurrent_torch_launch` and `call.call_activated` do.
     """
     launch = recurrent_torch_launch(config, chunk_size, q.device.type)
-    tensors = (q, k, v, g, beta, *(keywords.get(x) for x in ("initial_state", "A_log", "dt_bias")))
+    tensors = (q, k, v, g, beta, *map(keywords.get, again.NAMED))
     if wants_gradient(tensors):
         return call_activated(op, q, k, v, g, beta, launch=launch, chunk_size=1, **keywords)
-    to = run_raw if q.device.type == "cpu" and unobserved(tensors) else op_raw
-    return call_raw(to, q, k, v, g, beta, launch=launch, chunk_size=1, **keywords)
+    if q.device.type != "cpu" or not unobserved(tensors):
+        return call_raw(op_raw, q, k, v, g, beta, launch=launch, chunk_size=1, **keywords)
+    found = call_raw(run_raw, q, k, v, g, beta, launch=launch, chunk_size=1, **keywords)
+    if len(q) and q.shape[1] == 1 and tensors[5] is not None and not (q.shape[3] | v.shape[3]) % CHANNEL_MULTIPLE:
+        again.learn(tensors, config, again.options(keywords), lambda: _OneMore(config, q, k, v, g, beta, keywords))
+    return found
 
 
 def step(S0: torch.Tensor, S: torch.Tensor, q, k, v, g, beta, out: torch.Tensor) -> None:
@@ -101,20 +109,24 @@ def _compiled_steps(
         states = [x.mT for x in states] if turned else states
         shapes = [(M, 1, K), (M, 1, K), (M, 1, V), (M, 1, K), (M, 1, 1), (M, 1, V), ()]
         inputs = [*states, *(torch.zeros(shape, dtype=dtype) for shape in shapes), torch.tensor(False)]
-        steps.append((M, compiled(step_in_two_passes, inputs, products=False)))
+        steps.append((M, compiled(step_in_two_passes, inputs, unchecked=True)))
     return tuple(steps)
 
 
 @functools.lru_cache(maxsize=256)
 def _stepper(K: int, V: int, dtype: torch.dtype, threads: int, turned: bool, scale: float, normed: bool) -> Step:
-    """Return the compiled steps for any number of states [M, K, V], in the parameters of `step`."""
+    """Return the compiled steps for any number of states [M, K, V], in the parameters of `step`.
+
+    Those of LANES[0] states may have any shapes, with the same elements in the same order.
+    """
     steps = _compiled_steps(K, V, dtype, threads, turned)
     factors = torch.tensor(scale, dtype=dtype), torch.tensor(normed)
 
     def step_in_parts(S0, S, *rows) -> None:
         if S0.dtype != S.dtype or S0.stride() != S.stride():
             S0 = S.copy_(S0)
-        if len(S) == LANES[0]:
+        assert all(x.is_contiguous() and x.dtype is dtype for x in rows), "what is compiled looks at elements alone"
+        if S.numel() == LANES[0] * K * V:
             steps[0][1](S0, S, *rows, *factors)  # 18 us less than by slices
             return
         whole, first = (S0, S, *rows), 0
@@ -142,31 +154,27 @@ def _stepwise(inputs, normed: bool, initial_state, cu_seqlens, scale, output_fin
     config = recurrent_torch_config(tuple(launch), inputs[0], inputs[2], cu_seqlens)
     take = step_of(config.compile and T > 0, S, *((scale, normed) if alone else (1.0, False)))
     if alone:
-        o = _decode(inputs, normed, S0, S, scale, take)
+        o = _decode(S0, S, inputs, normed, scale, take)
     else:
         o = _walk(inputs, normed, S0, S, states, runs, scale, take)
         states.close(S, runs)
     return o, states.final if output_final_state else S.new_empty(0), states.kept
 
 
-def _decode(inputs, normed: bool, S0: torch.Tensor, S: torch.Tensor, scale: float, take: Step) -> torch.Tensor:
+def _decode(S0: torch.Tensor, S: torch.Tensor, inputs, normed: bool, scale: float, take: Step) -> torch.Tensor:
     """Take states S0 [M, K, V] over the only token of their sequences into S, and return o in the shape of v.
 
     There is nothing to gather, pad or scatter: 60 us less than `_walk`, of 230 for one sequence of 32 heads. Compiled
     steps norm and scale.
     """
-    v, dtype = inputs[2], S.dtype
-    M, HV, rows = len(S), v.shape[2], []
-    for x in inputs:
-        if x.shape[2] != HV:
-            x = x.repeat_interleave(HV // x.shape[2], 2)
-        if take is step:  # the library rounds by alignment: a copy, whatever the caller's layout
-            x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        elif x.dtype is not dtype or not x.is_contiguous():
-            x = x.to(dtype).contiguous()
-        rows.append(x.view(M, 1, -1))
-    if take is step and normed:
-        l2norm_(rows[0]), l2norm_(rows[1])
+    v, M, HV = inputs[2], len(S), inputs[2].shape[2]
+    inputs = [x if x.shape[2] == HV else x.repeat_interleave(HV // x.shape[2], 2) for x in inputs]
+    if take is step:
+        qk = torch.stack(inputs[:2]).to(S.dtype)  # a copy, as the library rounds by alignment
+        if normed:
+            l2norm_(qk)
+        inputs[:2] = qk
+    rows = [x.to(S.dtype).contiguous().view(M, 1, -1) for x in inputs]
     size, out = _group_size(S), torch.empty_like(rows[2])
     whole = (S0, S, *rows, out)
     for group in [whole] if size >= M else zip(*(x.split(size) for x in whole), strict=True):
@@ -174,6 +182,10 @@ def _decode(inputs, normed: bool, S0: torch.Tensor, S: torch.Tensor, scale: floa
     if take is step:
         out.mul_(scale)
     return out.view(v.shape).to(v.dtype)
+
+
+_decode_in_full = in_full_precision(_decode)
+_CONTIGUOUS = torch.Tensor.is_contiguous
 
 
 def _group_size(S: torch.Tensor) -> int:
@@ -226,21 +238,56 @@ def _forward(q, k, v, g, beta, *rest):
     return _stepwise((q, k, v, g, beta), False, *rest)
 
 
+def _activated(g, beta, A_log, dt_bias, lower_bound, gate: str, sigmoid: str, dtype: torch.dtype):
+    if gate != "none":
+        g = log_decay(g, A_log, dt_bias, lower_bound, dtype)
+    return g, beta if sigmoid == "none" else write_strength(beta, sigmoid == "twice", dtype)
+
+
 def _forward_raw(
     q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, scale, lower_bound, normed, gate,
     sigmoid, state_v_first, output_final_state, state_interval, launch,
 ):  # fmt: skip
-    dtype = compute_dtype(v)
-    if gate != "none":
-        g = log_decay(g, A_log, dt_bias, lower_bound, dtype)
-    if sigmoid != "none":
-        beta = write_strength(beta, sigmoid == "twice", dtype)
+    g, beta = _activated(g, beta, A_log, dt_bias, lower_bound, gate, sigmoid, compute_dtype(v))
     if state_v_first and initial_state is not None:
         initial_state = initial_state.mT
     packing = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
     asked = (scale, output_final_state, state_interval, launch)
     o, S, h = _stepwise((q, k, v, g, beta), normed, initial_state, packing, *asked)
     return (o, value_first(S), value_first(h)) if state_v_first else (o, S, h)
+
+
+class _OneMore:
+    """Take states [N, HV, K, V] over the one token of their sequences, with the bits of `_forward_raw`.
+
+    N > 0, and K and V are multiples of 16. Holds what arguments that were checked say, and none of them.
+    """
+
+    def __init__(self, config: RecurrentTorchConfig | None, q, k, v, g, beta, keywords: dict[str, object]):
+        settled = checked(q, k, v, g, beta, chunk_size=1, **keywords)
+        self.config, self.call, self.dtype = config, replace(settled, **dict.fromkeys(again.NAMED)), compute_dtype(v)
+        self.shape = (*v.shape[:1], v.shape[2], q.shape[3], v.shape[3])
+        heads, dtypes = {x.shape[2] for x in (q, k, v)}, {x.dtype for x in (q, k, v, g, beta)}
+        self.at_once = v.shape[0] * v.shape[2] == LANES[0] and len(heads) == 1 and dtypes == {self.dtype}
+
+    def __call__(self, q, k, v, g, beta, initial_state, A_log, dt_bias):
+        call, S = self.call, room(self.shape, self.dtype, v.device)
+        g, beta = _activated(g, beta, A_log, dt_bias, call.lower_bound, call.gate, call.sigmoid, self.dtype)
+        S0, inputs = initial_state.mT if call.state_v_first else initial_state, (q, k, v, g, beta)
+        take = step_of(self._compiles(q, v), S, call.scale, call.l2norm)
+        if self.at_once and take is not step and S0.dtype is S.dtype and all(map(_CONTIGUOUS, (*inputs, S0))):
+            o = torch.empty_like(v)  # no views: 20 us of 240
+            take(S0, S, *inputs, o)
+        else:
+            decode = _decode_in_full if take is step else _decode
+            o = decode(S0.flatten(0, 1), S.flatten(0, 1), inputs, call.l2norm, call.scale, take)
+        S = value_first(S) if call.state_v_first else S
+        return o, S if call.output_final_state else None
+
+    def _compiles(self, q, v) -> bool:
+        if self.config is not None:
+            return self.config.compile
+        return recurrent_torch_config(recurrent_torch_launch(None, None, "cpu"), q, v, None).compile
 
 
 op = register("recurrent_torch", _forward, adjoint)

@@ -160,14 +160,14 @@ def _refuse(ctx, *gradients):
     )
 
 
-def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Tell whether nobody would see a call of an op without gradients but us, so that its function may be called.
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+"""The types of arguments that have no behaviour of their own."""
 
-    Not so while torch compiles, traces or profiles, under modes and transforms, and for tensors of other classes.
-    """
+
+def unwatched() -> bool:
+    """Tell whether torch does no more in this thread than call kernels: it neither compiles nor traces nor profiles."""
     return (
-        all(x is None or type(x) in _PLAIN for x in tensors)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -176,7 +176,14 @@ def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool:
     )
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Tell whether nobody would see a call of an op without gradients but us, so that its function may be called.
+
+    Not so under modes and transforms, for tensors of other classes, and for views that negate what lies in memory.
+    """
+    return unwatched() and all(type(x) in PLAIN and (x is None or not x.is_neg()) for x in tensors)
+
+
 library = torch.library.Library("kda_forge", "FRAGMENT")
 _RAW_INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, "

@@ -9,7 +9,7 @@ from impls import fused_recurrent_kda, kda
 from impls.activations import compute_dtype, l2norm_
 from impls.choice import recurrent_torch_config, recurrent_torch_launch
 from impls.pages import room
-from impls.recurrent_torch import GROUP_ELEMENTS, op_raw, step
+from impls.recurrent_torch import GROUP_ELEMENTS, step
 
 FAMILIES = {
     "kimi_linear": "KimiLinearDeltaAttention",
@@ -81,16 +81,15 @@ def recurrent_kimi_delta_attention(
 
 
 def _step(q, k, v, g, beta, initial_state, output_final_state: bool, normed: bool):
-    """Do what `impls.fused_recurrent_kda` comes to on a CPU without gradients, on what a layer made, unchecked."""
-    launch = recurrent_torch_launch(None, None, "cpu")
-    if _small(v, g, initial_state) and not recurrent_torch_config(launch, q, v, None).compile:
+    """Do what `impls.fused_recurrent_kda` comes to on a CPU without gradients; small states on the shortest way."""
+    small = _small(v, g, initial_state)
+    if small and not recurrent_torch_config(recurrent_torch_launch(None, None, "cpu"), q, v, None).compile:
         o, S = _small_step(q, k, v, g, beta, initial_state, normed)
-    else:
-        o, S, _ = op_raw(
-            q, k, v, g, beta, None, None, initial_state, None, None, q.shape[-1] ** -0.5, None, normed, "none", "none",
-            False, output_final_state, 0, launch,
-        )  # fmt: skip
-    return o, S if output_final_state else None
+        return o, S if output_final_state else None
+    return fused_recurrent_kda(
+        q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=normed,
+    )  # fmt: skip
 
 
 def _small(v: torch.Tensor, g: torch.Tensor, initial_state: torch.Tensor | None) -> bool:
