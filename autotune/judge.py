@@ -1,18 +1,25 @@
 """Run `python -m verify` in a process of its own and take in its verdicts: nothing unverified is ranked."""
 
+import contextlib
+import hashlib
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+
+import filelock
+import torch
 
 from autotune.outcomes import BoxOver
 from autotune.timing import Box
 from impls import table
-from verify import records, session
+from verify import records, session, sources
 from verify.budget import demands_of
 from verify.plan import Demands
 
@@ -45,37 +52,50 @@ def verified(names: list[str], device: str, profile: str, box: Box) -> dict[str,
 
 
 def verified_config(
-    name: str, config: object, device: str, profile: str, head_dims: tuple[int, ...], quiet: bool
+    name: str, config: object, device: str, profile: str, head_dims: tuple[int, ...], quiet: bool, folder: Path
 ) -> dict:
     """Judge one configuration of an implementation, K and V out of `head_dims`; returns its verdict in JSON values.
 
     A run that passed without meeting the demands of its profile (repeated calls, programs at once, gradients where the
-    implementation has them) has not passed.
+    implementation has them) has not passed. What was judged is kept in `folder` until there is a verdict, so that who
+    was cut off goes on: of a compiled configuration every case compiles, 26 s each on two slow cores.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path, given = Path(folder) / "records.jsonl", Path(folder) / "config.json"
+    asked = [name, "--device", device, "--profile", profile, "--head-dims", ",".join(map(str, head_dims))]
+    with _kept(folder, _digest(asked, config)) as path:
+        given = path.with_suffix(".config")
         given.write_text(json.dumps(asdict(config)))
-        dims = ",".join(map(str, head_dims))
-        command = [
-            sys.executable,
-            "-m",
-            "verify",
-            name,
-            "--device",
-            device,
-            "--profile",
-            profile,
-            "--config",
-            str(given),
-        ]
+        command = [sys.executable, "-m", "verify", *asked, "--config", str(given), "--json", str(path), "--resume"]
         # what ends a process is not to be chosen: no other process goes on with it
-        command += ["--head-dims", dims, "--json", str(path), "--restarts", "0"]
-        _run(command, Box(math.inf), subprocess.DEVNULL if quiet else None)
+        _run([*command, "--restarts", "0"], Box(math.inf), subprocess.DEVNULL if quiet else None)
         verdict = _verdict(name, records.read(path) if path.is_file() else [])
+        for done in (path, given):
+            done.unlink(missing_ok=True)
     short = shortfall(verdict["counts"], demands_of(profile, device == "interpret"), table.find(name).backward)
     if verdict["code"] == session.PASS and short:
         return verdict | {"code": session.NOTHING, "outcome": OUTCOMES[session.NOTHING], "reason": short}
     return verdict
+
+
+@contextlib.contextmanager
+def _kept(folder: Path, digest: str) -> Iterator[Path]:
+    """Yield the file in which a run of verify goes on; one of its own while another process is at that one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"judging-{digest}.jsonl"
+    try:
+        with filelock.FileLock(path.with_suffix(".lock"), timeout=0):
+            if path.is_file():  # a copy: a verify whose tuner was killed may still be writing there
+                shutil.copyfile(path, path.with_suffix(".new"))
+                path.with_suffix(".new").replace(path)
+            yield path
+    except filelock.Timeout:
+        with tempfile.TemporaryDirectory() as own:
+            yield Path(own) / path.name
+
+
+def _digest(asked: list[str], config: object) -> str:
+    """Tell runs of verify apart that cannot go on with one another's cases."""
+    about = asked, asdict(config), torch.get_num_threads(), sources.digest(), records.versions()
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
 def shortfall(counts: dict[str, int], demands: Demands, backward: bool) -> str | None:

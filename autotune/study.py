@@ -161,7 +161,9 @@ def _verified(
         about = (row, K, standing.config)
         if about not in known:
             page.print(f"python -m verify judges {told(standing.config)}", soft_wrap=True, markup=False)
-            known[about] = judge.verified_config(row, standing.config, task.device, PROFILE, (K,), page.quiet)
+            folder = tuned.user_folder().with_name("judged")
+            asked = row, standing.config, task.device, PROFILE, (K,), page.quiet, folder
+            known[about] = judge.verified_config(*asked)
         if known[about]["code"] == VERIFIED:
             return standing, known[about]
         page.print(f"[red]not chosen[/]: {escape(judge.told(known[about]))}", soft_wrap=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from verify import records
 from verify.choice import UsageError
-from verify.plan import COUNTED, Plan
+from verify.plan import Plan
 
 IDENTITY = (
     *("profile", "seed", "examples", "properties", "dtypes", "head_dims", "inputs", "config", "contract", "adapter"),
@@ -60,7 +60,7 @@ def earlier(cases: list[dict], target: str) -> tuple[dict, ...]:
             "number": case["number"],
             "dtype": case["recipe"]["dtype"],
             "names": list(case["results"]),
-            "counts": {name: case["counts"][name] for name in COUNTED},
+            "counts": case["counts"],
             "units": case["units"],
             "failing": (failing := {n: x for n, x in case["results"].items() if float(x["ratio"]) > 1}),
             "recipe": case["recipe"] if failing else None,

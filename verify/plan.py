@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 
 COUNTED = ("cases", "rows", "runs", "discarded", "backward")
 """What is counted of a target, case by case."""
+LEAST = ("repeats", "pairs", "programs")
+"""Counts that are the least of all cases, not their sum: what the demands came to."""
 RESTARTS = 3
 """Processes that go on behind cases that ended one, unless another number is asked for: each takes seconds to start."""
 

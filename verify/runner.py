@@ -17,7 +17,7 @@ from verify.budget import INTERPRETED, demands_of
 from verify.choice import own
 from verify.claims import Property
 from verify.drawing import budget_of, neutral, not_asked, seed_of, strategy_of
-from verify.plan import COUNTED, PROFILES, Demands, Plan
+from verify.plan import COUNTED, LEAST, PROFILES, Demands, Plan
 from verify.properties import PROPERTIES
 from verify.properties.definition import reference_backward
 from verify.recipes import Recipe, aimed, draw, drawn, from_json
@@ -58,10 +58,10 @@ class Tally:
     units: Counter[str] = field(default_factory=Counter)
     """Work done, by dtype."""
 
-    def met(self, trial: Trial) -> None:
-        """Keep the least that a demand came to in any trial: repeats, and pairs and programs of a crowd."""
-        for name, x in trial.met.items():
-            self.counts[name] = min(x, self.counts.get(name, x))
+    def met(self, counts: dict[str, int]) -> None:
+        """Keep the least that a demand came to in any case: repeats, and pairs and programs of a crowd."""
+        for name in counts.keys() & set(LEAST):
+            self.counts[name] = min(counts[name], self.counts.get(name, counts[name]))
 
     def left(self, prop: Property, recipe: Recipe) -> bool:
         """Tell whether a property is asked on another recipe of this kind."""
@@ -113,10 +113,10 @@ def _earlier(plan: Plan) -> tuple[Tally, dict[str, Found]]:
     """Return what a killed run of the plan had counted, and found to fail."""
     tally, found = Tally(), {}
     for case in plan.earlier:
-        for name in case["names"]:
-            tally.judged[name, case["dtype"]] += 1
-        for name, x in case["counts"].items():
-            tally.counts[name] += x
+        tally.judged.update((name, case["dtype"]) for name in case["names"])
+        for name in COUNTED:
+            tally.counts[name] += case["counts"][name]
+        tally.met(case["counts"])
         tally.units[case["dtype"]] += case["units"]
         for name, outcome in case["failing"].items():
             prop = next(p for p in PROPERTIES if p.name == name.removesuffix(records.INFINITE))
@@ -292,7 +292,7 @@ def _judge_case(
     counts["cases"] += 1
     counts["runs"] += trial.runs
     counts["backward"] += reported(reference_backward, trial.recipe) in results
-    tally.met(trial)
+    tally.met(trial.met)
     recipe, terms = trial.recipe.to_json(), coverage.covered(trial.case, trial.yard)
     emit(
         "case",
@@ -305,7 +305,7 @@ def _judge_case(
         coverage=terms,
         number=number,
         units=trial.units,
-        counts={name: counts[name] - before[name] for name in COUNTED},
+        counts={name: counts[name] - before[name] for name in COUNTED} | trial.met,
     )
     return failures
 

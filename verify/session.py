@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from verify.children import Rest, worker
 from verify.coverage import SEEN, TERMS
-from verify.plan import Plan
+from verify.plan import LEAST, Plan
 
 SIDE_BY_SIDE = 2
 SILENCE = 600.0
@@ -125,10 +125,6 @@ class Verdict:
         if self.findings or any(cell.ratio > 1 for cell in self.cells.values()):
             return FAILED
         return PASS if self.cells else NOTHING
-
-
-LEAST = ("repeats", "pairs", "programs")
-"""Counts of a target record that are the least of all parts, not their sum."""
 
 
 def _together(one: dict, other: dict) -> dict:

@@ -1,6 +1,7 @@
 """What verify was asked of a configuration has to have happened: passing with less is not passing."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_a_configuration_has_not_passed_what_its_profile_left_out(counts, backwa
 
 
 @pytest.mark.parametrize("counts, code", [(FULL, session.PASS), (FULL | {"repeats": 3}, session.NOTHING)])
-def test_a_verdict_says_what_is_missing(monkeypatch, counts, code):
+def test_a_verdict_says_what_is_missing(monkeypatch, tmp_path, counts, code):
     lines = [
         {"schema": 1, "kind": "target", "target": "chunk_torch", "counts": counts},
         {"schema": 1, "kind": "summary", "code": 0, "targets": {"chunk_torch": session.PASS}},
@@ -42,6 +43,33 @@ def test_a_verdict_says_what_is_missing(monkeypatch, counts, code):
             stream.writelines(json.dumps(line) + "\n" for line in lines)
 
     monkeypatch.setattr(judge, "_run", run)
-    verdict = verified_config("chunk_torch", ChunkTorchConfig(), "cpu", "tune", (16,), True)
+    verdict = verified_config("chunk_torch", ChunkTorchConfig(), "cpu", "tune", (16,), True, tmp_path)
     assert verdict["code"] == code and verdict["counts"] == counts
     assert verdict["reason"] is None if code == session.PASS else "3 times, not 10" in verdict["reason"]
+
+
+def test_who_is_cut_off_goes_on_with_the_same_cases_and_leaves_nothing_behind(monkeypatch, tmp_path):
+    asked, seen = ("chunk_torch", ChunkTorchConfig(), "cpu", "tune", (16,), True, tmp_path), []
+    summary = {"schema": 1, "kind": "summary", "code": 0, "targets": {"chunk_torch": session.PASS}}
+
+    def run(command, *others):
+        path = Path(command[command.index("--json") + 1])
+        assert "--resume" in command and json.loads(Path(command[command.index("--config") + 1]).read_text())
+        seen.append(path.read_text() if path.exists() else "")
+        with path.open("a") as stream:
+            stream.write(json.dumps(summary if len(seen) > 1 else {"schema": 1, "kind": "case"}) + "\n")
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(judge, "_run", run)
+    with pytest.raises(KeyboardInterrupt):
+        verified_config(*asked)
+    verified_config(*asked)
+    verified_config(*asked)
+    assert seen == ["", '{"schema": 1, "kind": "case"}\n', ""]
+    assert not list(tmp_path.glob("*.jsonl")) and not list(tmp_path.glob("*.config"))
+
+
+def test_two_that_judge_the_same_at_once_have_files_of_their_own(tmp_path):
+    with judge._kept(tmp_path, "same") as one, judge._kept(tmp_path, "same") as other:
+        assert one.parent == tmp_path != other.parent

@@ -147,9 +147,9 @@ def test_race(benchmark, tuner, threads):
     stage(tuner, "race", [seconds / FINALISTS], (processor_seconds() - before) / FINALISTS)
 
 
-def test_judge(benchmark, tuner):
+def test_judge(benchmark, tuner, tmp_path):
     """The judge, for one configuration that is not compiled."""
-    asked = ("chunk_torch", ChunkTorchConfig(), "cpu", "tune", (CASE.K,), True)
+    asked = ("chunk_torch", ChunkTorchConfig(), "cpu", "tune", (CASE.K,), True, tmp_path)
     before = processor_seconds()
     verdict = benchmark.pedantic(verified_config, args=asked, rounds=1, iterations=1)
     assert verdict["code"] == PASS, verdict["reason"]
