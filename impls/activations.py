@@ -25,6 +25,30 @@ def l2norm_(x: torch.Tensor) -> None:
     x.div_(_length(x))
 
 
+class L2Norm(torch.autograd.Function):
+    """Differentiate `l2norm` of contiguous rows: dx = (dy - y <y, dy>) / |x|, half of the time of torch's formulas."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of norm 1 and the norms of x."""
+        length = _length(x)
+        return x / length, length
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """Keep both for the way back."""
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor, _) -> torch.Tensor:
+        """Return dx. Like the gradients of the ops behind it, it is not differentiated again."""
+        y, length = ctx.saved_tensors
+        return torch.addcmul(dy, y, (y * dy).sum(-1, keepdim=True), value=-1) / length
+
+
 def _length(x: torch.Tensor) -> torch.Tensor:
     return (x * x).contiguous().sum(-1, keepdim=True).add_(L2NORM_EPSILON).sqrt_()
 

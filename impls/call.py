@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from impls import checks
-from impls.activations import compute_dtype, l2norm, log_decay, write_strength
+from impls.activations import L2Norm, compute_dtype, log_decay, write_strength
 
 SHORTEST_INTERVAL = 64
 """Tokens between intermediate states where no interval is asked for and no chunk is longer."""
@@ -114,7 +114,7 @@ def call_activated(
     call = checked(q, k, v, g, beta, chunk_size=chunk_size, **keywords)
     dtype, initial_state = compute_dtype(q), call.initial_state
     if call.l2norm:
-        q, k = l2norm(q, dtype), l2norm(k, dtype)
+        q, k = (L2Norm.apply(x.to(dtype).contiguous())[0] for x in (q, k))
     if call.gate != "none":
         g = log_decay(g, call.A_log, call.dt_bias, call.lower_bound, dtype)
     if call.sigmoid != "none":
