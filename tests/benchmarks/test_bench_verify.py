@@ -1,7 +1,8 @@
 """Time the judge: cases a second of each implementation, beside fixed work in the same rounds; `make bench` measures.
 
 The judge is what `python -m verify` runs, in its process and, for Triton without a GPU, in the interpreter. Its start
-and its first case, in which all is imported and compiled, do not count. Without --benchmark-enable nothing runs.
+does not count, nor does its first case, in which all is imported and compiled; in the interpreter, which compiles
+nothing and whose budget may end with it, the first one counts. Without --benchmark-enable nothing runs.
 """
 
 import time
@@ -36,11 +37,13 @@ def fixed_work() -> None:
 
 
 def judged(target: str, device: str) -> tuple[int, float]:
-    """Return the cases behind the first one, and the seconds that they took."""
+    """Return how many cases counted, and the seconds that they took."""
     smoke, arrived = PROFILES["smoke"], []
     plan = Plan(target, device, smoke.name, smoke.dtypes, seed=0, examples=smoke.examples)
     verdict = session.run([[plan]], lambda record: arrived.append((record["kind"], time.perf_counter())))[target]
     assert verdict.code == session.PASS, verdict
+    if device == "interpret":
+        return verdict.seen, verdict.done["seconds"]["all"]
     first = next(at for kind, at in arrived if kind == "case")
     return verdict.seen - 1, arrived[-1][1] - first
 
