@@ -4,27 +4,31 @@ import contextlib
 import hashlib
 import json
 import math
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import filelock
-import torch
 
 from autotune.outcomes import BoxOver
 from autotune.timing import Box
-from impls import table
+from impls import devices, table
 from verify import records, session, sources
 from verify.budget import demands_of
 from verify.plan import Demands
 
 GRACE = 20.0
 """Seconds that verify has, once interrupted, to end the workers that it started."""
+
+FORGOTTEN = 7 * 86400
+"""Seconds after which nobody is expected to go on with a run that was cut off."""
 
 SILENT = "it ended without a summary"
 OUTCOMES = {
@@ -61,15 +65,17 @@ def verified_config(
     was cut off goes on: of a compiled configuration every case compiles, 26 s each on two slow cores.
     """
     asked = [name, "--device", device, "--profile", profile, "--head-dims", ",".join(map(str, head_dims))]
-    with _kept(folder, _digest(asked, config)) as path:
+    with _kept(folder, _digest(asked, config, device)) as path:
         given = path.with_suffix(".config")
         given.write_text(json.dumps(asdict(config)))
         command = [sys.executable, "-m", "verify", *asked, "--config", str(given), "--json", str(path), "--resume"]
         # what ends a process is not to be chosen: no other process goes on with it
         _run([*command, "--restarts", "0"], Box(math.inf), subprocess.DEVNULL if quiet else None)
-        verdict = _verdict(name, records.read(path) if path.is_file() else [])
-        for done in (path, given):
-            done.unlink(missing_ok=True)
+        lines = _readable(path)
+        verdict = _verdict(name, lines)
+        given.unlink()
+        if any(line["kind"] == "summary" for line in lines):
+            path.unlink()
     short = shortfall(verdict["counts"], demands_of(profile, device == "interpret"), table.find(name).backward)
     if verdict["code"] == session.PASS and short:
         return verdict | {"code": session.NOTHING, "outcome": OUTCOMES[session.NOTHING], "reason": short}
@@ -78,23 +84,44 @@ def verified_config(
 
 @contextlib.contextmanager
 def _kept(folder: Path, digest: str) -> Iterator[Path]:
-    """Yield the file in which a run of verify goes on; one of its own while another process is at that one."""
+    """Yield a new file in which a run of verify goes on where the last one was cut off.
+
+    Its name is its own: a verify whose tuner was killed may still be writing. While another process is at the same
+    run, the file is in a folder that ends with the block.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"judging-{digest}.jsonl"
+    for old in folder.glob("judging-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > FORGOTTEN:
+                old.unlink()
+    path = folder / f"judging-{digest}-{secrets.token_hex(4)}.jsonl"
     try:
-        with filelock.FileLock(path.with_suffix(".lock"), timeout=0):
-            if path.is_file():  # a copy: a verify whose tuner was killed may still be writing there
-                shutil.copyfile(path, path.with_suffix(".new"))
-                path.with_suffix(".new").replace(path)
+        with filelock.FileLock(folder / f"judging-{digest}.lock", timeout=0):
+            before = [old for old in folder.glob(f"judging-{digest}-*.jsonl") if _readable(old)]
+            if before:
+                shutil.copyfile(max(before, key=lambda old: len(_readable(old))), path)
+            for old in folder.glob(f"judging-{digest}-*"):
+                if old != path:
+                    old.unlink(missing_ok=True)
             yield path
     except filelock.Timeout:
         with tempfile.TemporaryDirectory() as own:
             yield Path(own) / path.name
 
 
-def _digest(asked: list[str], config: object) -> str:
+def _readable(path: Path) -> list[dict]:
+    """Return the records of a run; none where there is no file, or another one."""
+    try:
+        lines = records.read(path)
+    except (OSError, ValueError):
+        return []
+    return lines if lines and lines[0]["kind"] == "run" else []
+
+
+def _digest(asked: list[str], config: object, device: str) -> str:
     """Tell runs of verify apart that cannot go on with one another's cases."""
-    about = asked, asdict(config), torch.get_num_threads(), sources.digest(), records.versions()
+    machine = devices.named("cpu" if device == "interpret" else device)
+    about = asked, asdict(config), machine, sources.digest(), records.versions()
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 

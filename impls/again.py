@@ -26,6 +26,8 @@ FLAGS = (
     "state_v_first",
 )
 _KNOWN = frozenset((*NAMED, *NUMBERS, *FLAGS))
+_HINTS = frozenset(("safe_gate", "disable_recompute", "return_intermediate_states", "use_graph"))
+"""Flags that ask for nothing where they are False; False for another keyword may be a mistake."""
 _MOST = 256
 """Signatures that are remembered at most; calls of others are checked every time."""
 
@@ -34,8 +36,9 @@ _plans: dict[tuple, Plan] = {}
 
 def options(keywords: dict[str, object]) -> tuple | None:
     """Return what some keywords of `impls.kda` say of NUMBERS and FLAGS; None where they ask for more than NAMED."""
-    if any(keywords[name] is not None and keywords[name] is not False for name in keywords.keys() - _KNOWN):
-        return None
+    for name in keywords.keys() - _KNOWN:
+        if keywords[name] is not None and not (keywords[name] is False and name in _HINTS):
+            return None
     return *map(keywords.get, NUMBERS), *(keywords.get(name, False) for name in FLAGS)
 
 
@@ -44,7 +47,8 @@ def known(tensors: tuple, config: object, options: tuple | None) -> Callable | N
 
     tensors: q, k, v, g, beta and NAMED.
     """
-    if not _plans or options is None or torch.is_grad_enabled() or not unwatched() or torch.is_autocast_enabled("cpu"):
+    # dynamo would guard on the keys of _plans: it must not come to look at them
+    if options is None or torch.is_grad_enabled() or not unwatched() or not _plans or torch.is_autocast_enabled("cpu"):
         return None
     if not PLAIN.issuperset(map(type, tensors)):
         return None
@@ -62,6 +66,6 @@ def learn(tensors: tuple, config: object, options: tuple | None, plan: Callable[
 
 
 def _signature(tensors: tuple, config: object, options: tuple) -> tuple:
-    """Return all that a call is checked for. A flag of 1 is refused, though equal to True: hence the types."""
+    """Return all that a call is checked for. 1 is refused for True, though equal to it: hence types, and texts."""
     of_tensors = [x is not None and (x.shape, x.dtype, x.layout, x.is_cpu, x.is_neg()) for x in tensors]
-    return config, options, *map(type, options), *of_tensors
+    return type(config), str(config), options, *map(type, options), *of_tensors

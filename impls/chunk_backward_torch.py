@@ -102,8 +102,8 @@ def retreat(
     X_turned: X^T [lanes, C, C]; beta [lanes, C, 1]; rows [lanes, 2C, K]; of_A: A^T do' [lanes, C, V]; delta
     [lanes, C, V]; W [lanes, 2C, V] holds do' in its first half. Writes y [lanes, C, V], the second half of W, and
     d_rows [lanes, 2C, K], d_k_after [lanes, C, K] and to_total [lanes, K] as `within_gradients` takes them: here, where
-    both states are in the cache. dense: multiply by copies of what is turned, the smaller ones, as the compiler's
-    template does: a turned copy of S instead of W's takes 355 us instead of 310.
+    both states are in the cache. dense: multiply by copies of what is turned, as the compiler's template does; with
+    W's instead of that of S it takes 353 us instead of 395, with delta's instead of that of dS_next no less.
     """
     d_delta = torch.baddbmm(of_A, k_after, dS_next)
     torch.bmm(X_turned, d_delta, out=y)

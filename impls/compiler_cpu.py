@@ -79,7 +79,8 @@ def compiled(
     with _compiling, cache, torch.inference_mode(False), torch.no_grad(), template as patches:
         decompositions = select_decomp_table() | (_DECOMPOSITIONS if products and patches else {})
         # a tensor made in inference mode may not be modified outside it, not even where only its shape is looked at
-        inputs = [fakes.from_tensor(x.clone() if x.is_inference() else x) for x in inputs]
+        inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if x.is_inference() else x for x in inputs]
+        inputs = [fakes.from_tensor(x) for x in inputs]
         with fakes:
             graph = make_fx(functionalize(results, remove="mutations"), decompositions)(*inputs)
         with inductor.patch(patches), tracing(TracingContext(fakes)):

@@ -42,7 +42,8 @@ def keep_freed_memory() -> None:
 def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return a contiguous tensor whose values are undefined, like torch.empty; its memory is its own while it lives.
 
-    Unlike there its storage cannot be resized: `resize_` to more elements, and `out=` of a larger shape, are refused.
+    From MAPPED_BYTES on its storage cannot be resized: `resize_` to more elements, and `out=` of a larger shape, are
+    refused.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < MAPPED_BYTES or (memory := _mapped(size)) is None:

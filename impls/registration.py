@@ -165,13 +165,17 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 def unwatched() -> bool:
-    """Tell whether torch does no more in this thread than call kernels: it neither compiles nor traces nor profiles."""
+    """Tell whether torch does no more in this thread than call kernels: it neither compiles nor traces nor profiles.
+
+    Tangents of forward mode are carried along without gradients, too.
+    """
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
+        and torch.autograd.forward_ad._current_level < 0
         and not torch.autograd._profiler_enabled()
     )
 

@@ -12,6 +12,8 @@ from verify import session
 from verify.plan import PROFILES
 
 FULL = {"repeats": 10, "pairs": 1024, "programs": 1024, "backward": 3}
+RUN = {"schema": 1, "kind": "run"}
+SUMMARY = {"schema": 1, "kind": "summary", "code": 0, "targets": {"chunk_torch": session.PASS}}
 
 
 @pytest.mark.parametrize(
@@ -33,10 +35,7 @@ def test_a_configuration_has_not_passed_what_its_profile_left_out(counts, backwa
 
 @pytest.mark.parametrize("counts, code", [(FULL, session.PASS), (FULL | {"repeats": 3}, session.NOTHING)])
 def test_a_verdict_says_what_is_missing(monkeypatch, tmp_path, counts, code):
-    lines = [
-        {"schema": 1, "kind": "target", "target": "chunk_torch", "counts": counts},
-        {"schema": 1, "kind": "summary", "code": 0, "targets": {"chunk_torch": session.PASS}},
-    ]
+    lines = [RUN, {"schema": 1, "kind": "target", "target": "chunk_torch", "counts": counts}, SUMMARY]
 
     def run(command, *others):
         with open(command[command.index("--json") + 1], "w") as stream:
@@ -48,26 +47,62 @@ def test_a_verdict_says_what_is_missing(monkeypatch, tmp_path, counts, code):
     assert verdict["reason"] is None if code == session.PASS else "3 times, not 10" in verdict["reason"]
 
 
-def test_who_is_cut_off_goes_on_with_the_same_cases_and_leaves_nothing_behind(monkeypatch, tmp_path):
-    asked, seen = ("chunk_torch", ChunkTorchConfig(), "cpu", "tune", (16,), True, tmp_path), []
-    summary = {"schema": 1, "kind": "summary", "code": 0, "targets": {"chunk_torch": session.PASS}}
+@pytest.fixture
+def runs(monkeypatch, tmp_path):
+    """Return a function that judges, given what verify writes before it ends, and what it found in its file."""
+    found = []
 
-    def run(command, *others):
-        path = Path(command[command.index("--json") + 1])
-        assert "--resume" in command and json.loads(Path(command[command.index("--config") + 1]).read_text())
-        seen.append(path.read_text() if path.exists() else "")
-        with path.open("a") as stream:
-            stream.write(json.dumps(summary if len(seen) > 1 else {"schema": 1, "kind": "case"}) + "\n")
-        if len(seen) == 1:
-            raise KeyboardInterrupt
+    def judged(*lines, cut_off: bool = False) -> dict:
+        def run(command, *others):
+            path = Path(command[command.index("--json") + 1])
+            assert "--resume" in command and json.loads(Path(command[command.index("--config") + 1]).read_text())
+            found.append(path.read_text() if path.exists() else None)
+            with path.open("a") as stream:
+                stream.writelines(json.dumps(line) + "\n" for line in lines)
+            if cut_off:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(judge, "_run", run)
+        monkeypatch.setattr(judge, "_run", run)
+        return verified_config("chunk_torch", ChunkTorchConfig(), "cpu", "tune", (16,), True, tmp_path)
+
+    return judged, found
+
+
+def left(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix != ".lock"]
+
+
+def test_who_is_cut_off_goes_on_with_the_same_cases_and_leaves_nothing_behind(runs, tmp_path):
+    judged, found = runs
     with pytest.raises(KeyboardInterrupt):
-        verified_config(*asked)
-    verified_config(*asked)
-    verified_config(*asked)
-    assert seen == ["", '{"schema": 1, "kind": "case"}\n', ""]
-    assert not list(tmp_path.glob("*.jsonl")) and not list(tmp_path.glob("*.config"))
+        judged(RUN, cut_off=True)
+    assert judged()["code"] == session.CRASH  # no summary: what was judged is kept
+    assert judged(SUMMARY)["reason"] != judge.SILENT
+    judged(RUN, SUMMARY)
+    assert found == [None, *[json.dumps(RUN) + "\n"] * 2, None] and not left(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["no JSON\n", json.dumps({"schema": 1, "kind": "summary"}) + "\n", ""])
+def test_what_is_no_run_is_not_gone_on_with(runs, tmp_path, text):
+    judged, found = runs
+    with pytest.raises(KeyboardInterrupt):
+        judged(RUN, cut_off=True)
+    [kept] = tmp_path.glob("*.jsonl")
+    kept.write_text(text)
+    judged(RUN, SUMMARY)
+    assert found == [None, None] and not left(tmp_path)
+
+
+def test_another_machine_begins_anew(runs, tmp_path, monkeypatch):
+    judged, found = runs
+    with pytest.raises(KeyboardInterrupt):
+        judged(RUN, cut_off=True)
+    monkeypatch.setattr(judge.devices, "named", lambda device: {"name": f"another {device}"})
+    judged(RUN, SUMMARY)
+    assert found == [None, None] and len(left(tmp_path)) == 2  # the records and the configuration of the first
+    monkeypatch.setattr(judge, "FORGOTTEN", -1)
+    judged(RUN, SUMMARY)
+    assert not left(tmp_path)
 
 
 def test_two_that_judge_the_same_at_once_have_files_of_their_own(tmp_path):

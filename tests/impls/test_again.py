@@ -1,7 +1,11 @@
 """A call with the signature of an earlier one is not checked again, gives the same bits, and hides no mistake."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
 from impls import again, fused_recurrent_kda, kda
 from impls.configs import RecurrentTorchConfig
@@ -89,6 +93,8 @@ def test_other_layouts_of_memory_have_the_same_bits(draw, draw_state):
         ({"initial_state": [1.0]}, TypeError, "initial_state must be a torch.Tensor, got list"),
         ({"A_log": torch.zeros(3), "use_gate_in_kernel": True}, ValueError, "A_log must have HV = 2 elements"),
         ({"cu_seqlens": torch.tensor([0, 1])}, ValueError, "batch size B = 1"),
+        ({"cu_seqlens": False}, TypeError, "cu_seqlens must be"),
+        ({"state_v_first": True, "transpose_state_layout": False}, ValueError, "got both"),
     ],
 )
 def test_a_mistake_is_told_behind_calls_without(draw, draw_state, wrong, error, message):
@@ -106,8 +112,31 @@ def test_a_configuration_and_the_environment_are_looked_at_every_time(draw, draw
         run()
     with pytest.raises(ValueError, match="implementation must be named"):
         step(draw, draw_state, {}, decode=kda)(config=RecurrentTorchConfig())
+    named = step(draw, draw_state, {}, decode=NAMED[0])
     with pytest.raises(TypeError, match="config must be a RecurrentTorchConfig for recurrent_torch, got {}"):
-        step(draw, draw_state, {}, decode=NAMED[0])(config={})
+        named(config={})
+    named(config=RecurrentTorchConfig(compile=False))
+    with pytest.raises(ValueError, match="compile must be"):
+        named(config=RecurrentTorchConfig(compile=0))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_tangents_are_refused_behind_calls_without(draw, draw_state, compile):
+    inputs, S0 = draw(1, 1, H, H, K, V), draw_state(1, H, K, V)
+    run = partial(NAMED[0], config=RecurrentTorchConfig(compile=compile), initial_state=S0)
+    run(*inputs)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward"):
+        run(*(forward_ad.make_dual(x, torch.ones_like(x)) for x in inputs))
+
+
+def test_a_compiled_caller_is_not_compiled_again_for_what_others_call(draw, draw_state):
+    inputs, S0, counter = draw(1, 1, H, H, K, V), draw_state(1, H, K, V), CompileCounter()
+    compiled = torch.compile(lambda *x: fused_recurrent_kda(*x, initial_state=S0)[0] + 1.0, backend=counter)
+    compiled(*inputs)
+    for B in (2, 3):
+        step(draw, draw_state, {}, B)()
+        compiled(*inputs)
+    assert len(again._plans) == 2 and counter.frame_count == 1
 
 
 def test_gradients_are_there_behind_calls_without(draw, draw_state):
