@@ -43,7 +43,7 @@ def judged(monkeypatch):
     """Let everything pass that `refused` does not name, and keep what was judged."""
     asked, refused = [], set()
 
-    def verified(name, config, device, profile, head_dims, quiet):
+    def verified(name, config, device, profile, head_dims, quiet, folder):
         asked.append(config)
         return verdict(session.FAILED if config in refused or "all" in refused else session.PASS)
 
