@@ -97,9 +97,9 @@ def _kept(folder: Path, digest: str) -> Iterator[Path]:
     path = folder / f"judging-{digest}-{secrets.token_hex(4)}.jsonl"
     try:
         with filelock.FileLock(folder / f"judging-{digest}.lock", timeout=0):
-            before = [old for old in folder.glob(f"judging-{digest}-*.jsonl") if _readable(old)]
-            if before:
-                shutil.copyfile(max(before, key=lambda old: len(_readable(old))), path)
+            lines = {old: len(_readable(old)) for old in folder.glob(f"judging-{digest}-*.jsonl")}
+            if any(lines.values()):
+                shutil.copyfile(max(lines, key=lines.get), path)
             for old in folder.glob(f"judging-{digest}-*"):
                 if old != path:
                     old.unlink(missing_ok=True)
