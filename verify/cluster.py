@@ -27,6 +27,9 @@ ANSWER = 10.0
 """Seconds that a scheduler has to answer."""
 VACANT = 60.0
 """Seconds that what no worker can run waits for one: a nanny takes a few to bring one back."""
+RETRIES = 3
+"""Times that dask tries again what failed before the function was called: one of two workers' first tasks did on a busy
+machine, for a reason unseen, and never in 84 clusters that were begun to find it."""
 
 
 class Unreachable(Exception):
@@ -38,7 +41,7 @@ class Failure:
     """What became of a function that returned nothing."""
 
     kind: Literal["raised", "died", "late", "lost"]
-    """It raised; its worker died with it; it outlasted its time; the cluster has nobody left who could run it."""
+    """It raised; its worker died with it; it outlasted its time; the cluster could not call it, or has nobody left."""
     message: str
 
 
@@ -90,9 +93,8 @@ class Pool:
     ) -> Task:
         """Have a function of a module called on a worker that offers the resources, for at most so many seconds."""
         task = Task(f"kda-forge-{uuid.uuid4().hex}", seconds, dict(resources or {}))
-        task.future = self.client.submit(
-            _once, self._topic, task.name, function, arguments, key=task.name, pure=False, resources=task.resources
-        )
+        sent = {"key": task.name, "pure": False, "retries": RETRIES, "resources": task.resources}
+        task.future = self.client.submit(_once, self._topic, task.name, function, arguments, **sent)
         self.tasks[task.name] = task
         task.future.add_done_callback(lambda _: self._done.put(task))
         return task
@@ -214,15 +216,21 @@ def _knock(address: str) -> None:
 
 
 def _once(topic: str, name: str, function: Callable, arguments: tuple) -> tuple[bool, object]:
-    """Call a function on a worker, unless another worker has begun it; returns whether it was called, and its value."""
+    """Call a function on a worker, unless another worker has begun it; returns whether it was called, and its value.
+
+    What the function raises is a value: where this raises itself the function was not called, and dask tries again.
+    """
     from distributed import Event, get_client, get_worker
 
     mark = Event(name)
     if mark.is_set():
         return False, None
-    mark.set()
     get_client().log_event(topic, {"name": name, "worker": get_worker().address})
-    return True, function(*arguments)
+    mark.set()
+    try:
+        return True, function(*arguments)
+    except Exception as error:
+        return True, Failure("raised", _said(error))
 
 
 def _value(task: Task) -> object:
@@ -236,9 +244,13 @@ def _value(task: Task) -> object:
         return Failure("died", f"its worker died: {error}")
     except CancelledError:
         return Failure("lost", "the scheduler went away, or somebody cancelled it")
-    except Exception as error:  # whatever the function raises is a result
-        return Failure("raised", f"{type(error).__name__}: {error}"[:500])
+    except Exception as error:  # whatever dask raises is no reason to lose the others
+        return Failure("lost", _said(error))
     return value if called else Failure("died", f"the worker {task.worker or 'that ran it'} died of it")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
 
 
 def _offering(resources: Mapping[str, float]) -> str:

@@ -17,6 +17,17 @@ from verify.cluster import Failure, Unreachable, cluster
 GPU = {"GPU": 1}
 ROOT = Path(__file__).parents[2]
 
+STUTTER = """
+import distributed
+said, failed = distributed.Event.is_set, []
+def is_set(self):
+    if not failed:
+        failed.append(self.name)
+        raise OSError("the scheduler did not answer")
+    return said(self)
+distributed.Event.is_set = is_set
+"""
+
 
 @pytest.fixture(scope="module")
 def pool():
@@ -32,12 +43,18 @@ def results(pool, *tasks) -> list:
         assert ended, "nothing has ended in two minutes"
         found |= {task.name: value for task, value in ended}
     values = [found[task.name] for task in tasks]
+    print(values)  # a test that fails tells what became of each
     return [x.kind if isinstance(x, Failure) else x for x in values]
 
 
 def test_values_come_back_and_what_is_raised_is_one(pool):
     tasks = [pool.submit(operator.truediv, 1, x, resources=GPU) for x in (1, 2, 0, 4)]
     assert results(pool, *tasks) == [1.0, 0.5, "raised", 0.25] and not pool.tasks
+
+
+def test_what_fails_before_the_function_is_called_is_tried_again(pool):
+    pool.client.run(exec, STUTTER, {})
+    assert results(pool, *(pool.submit(abs, -x, resources=GPU) for x in range(4))) == list(range(4))
 
 
 def test_one_function_runs_at_once_for_a_resource(pool):
