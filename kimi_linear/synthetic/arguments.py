@@ -12,7 +12,6 @@ from kimi_linear.synthetic.tasks import TASKS
 FOLDER = Path("synthetic-runs")
 SIZES = {
     "length": "tokens of a sequence",
-    "alphabet": "palindrome's letters, mqar's keys and as many values, stack's elements; half the length where more",
     "heads": "heads of a mixer",
     "head_dim": "channels of a head",
     "hidden": "channels of the residual stream",
@@ -34,6 +33,8 @@ def add_run(p: argparse.ArgumentParser) -> None:
     sizes.add_argument(
         "--stop", type=float, metavar="X", help="accuracy of a window that ends a run (0.99 in small, 0.999 in paper)"
     )
+    text = "palindrome's letters, stack's elements (the length); mqar's keys, and as many values (twice the length)"
+    sizes.add_argument("--alphabet", type=int, metavar="N", help=text)
     ablations = p.add_argument_group("ablations of the paper's Table 1")
     ablations.add_argument("--no-conv", action="store_true", help="no short convolution")
     ablations.add_argument("--output-gate", choices=OUTPUT_GATES, help="instead of the sigmoid's")
@@ -53,11 +54,11 @@ def add_place(p: argparse.ArgumentParser) -> None:
 
 def run_of(args: argparse.Namespace, task: str, mixer: str, seed: int) -> Run:
     """Return the run that the arguments of `add_run` mean."""
-    names = (*SIZES, "stop", "dtype", "output_gate")
+    names = (*SIZES, "alphabet", "stop", "dtype", "output_gate")
     other = {name: value for name in names if (value := getattr(args, name)) is not None}
     conv = {"conv": 0} if args.no_conv else {}
     run = SETTINGS[args.setting]
-    letters = max(run.alphabet, other.get("length", run.length) // 2)  # twice the keys that mqar asks for
+    letters = TASKS[task].letters * other.get("length", run.length)
     return replace(run, **{"task": task, "mixer": mixer, "seed": seed, "alphabet": letters} | other | conv)
 
 

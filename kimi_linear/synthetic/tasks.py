@@ -46,6 +46,8 @@ class Task:
 
     name = ""
     shortest = 0
+    letters = 1
+    """Letters for each token of the length, where nobody asks for another alphabet."""
 
     def __post_init__(self):
         if self.length < self.shortest:
@@ -103,7 +105,7 @@ class Mqar(Task):
     keys in random order, and again in another one where they are more.
     """
 
-    name, shortest = "mqar", 8
+    name, shortest, letters = "mqar", 8, 2
 
     @property
     def fewest(self) -> int:
