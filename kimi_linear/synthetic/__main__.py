@@ -40,7 +40,8 @@ settings   small         minutes on a CPU
            paper         2 layers, 2 heads of 128 channels, 20,000 steps; --length 256 to 2048: for a GPU
 
 Every window of steps a run writes a line of its curve and a checkpoint, in a folder of its own below --out. Who is
-killed, stops by Ctrl-C or runs out of --minutes goes on with the same command: on a CPU with the same bits.
+killed goes on from the last window, who stops by Ctrl-C or runs out of --minutes from the last step, with the same
+command: on a CPU with the same bits. A folder of another device, torch or number of threads is refused.
 
 exit code  0 done; 1 a file that cannot be used; 2 usage; 6 crash; 7 --minutes were over; 130 interrupted
 
@@ -51,7 +52,7 @@ examples   python -m kimi_linear.synthetic --task mqar --mixer kda
 SUITE_EPILOG = """\
 The learning rate is chosen with the first seed, for every task and mixer; the other seeds train at that one.
 
-examples   python -m kimi_linear.synthetic suite --json results/synthetic.json
+examples   python -m kimi_linear.synthetic suite --json results/synthetic-small.json
            python -m kimi_linear.synthetic suite --tasks stack --mixers kda,gdn --seeds 0 --setting paper --device cuda
 """
 
@@ -101,6 +102,8 @@ def _suite(args: argparse.Namespace) -> int:
     tasks = arguments.names_of("--tasks", args.tasks, tuple(TASKS))
     mixers = arguments.names_of("--mixers", args.mixers, tuple(MIXERS))
     seeds = tuple(whole_numbers("--seeds", args.seeds))
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds must name each once, got {args.seeds}")
     runs = tuple(arguments.run_of(args, task, mixer, seeds[0]) for task in tasks for mixer in mixers)
     return _work(args, Suite(runs, seeds, arguments.rates_of(args)), estimated=True)
 
@@ -111,8 +114,8 @@ def _work(args: argparse.Namespace, suite: Suite, estimated: bool = False) -> in
     watch, found = Stopwatch(arguments.minutes_of(args)), []
     _check_file(args.json)
     say = console(stderr=True)
-    if estimated:
-        most = estimate(suite, lambda run: seconds_of_a_step(run, args.device))
+    if estimated and (left := suite.pending(args.out)):
+        most = estimate(suite, left, lambda run: seconds_of_a_step(run, args.device))
         say.print(f"at most {most / 60:,.0f} minutes, less what is done; solved and pruned runs end earlier")
     with watch.watching(), shown(say) as show:
         for more in suite.work(args.out, args.device, show, watch.go_on):

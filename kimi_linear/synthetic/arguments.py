@@ -85,6 +85,8 @@ def names_of(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(","))
     if unknown := [name for name in names if name not in known]:
         raise UsageError(f"{flag}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
+    if len(set(names)) < len(names):
+        raise UsageError(f"{flag} must name each once, got {text}")
     return names
 
 

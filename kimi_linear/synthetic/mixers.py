@@ -207,7 +207,7 @@ def convolve(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
     As W products: a grouped convolution's backward takes 3 times as long on a CPU.
     """
-    W, T = w.shape[1], x.shape[1]
+    W, T, w = w.shape[1], x.shape[1], w.to(x.dtype)
     padded = F.pad(x, (0, 0, W - 1, 0))
     y = padded[:, W - 1 :] * w[:, W - 1]
     for j in range(W - 1):

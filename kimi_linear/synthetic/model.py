@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kimi_linear.moe import mlp
@@ -52,11 +53,11 @@ class Toy(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return what stands before the logits [B, T, D], normed: only answers need logits (`logits`)."""
-        x = self.embed[ids]
+        x = F.embedding(ids, self.embed)  # the backward of embed[ids] adds in any order where there are two threads
         for block in self.blocks:
             x = block(x)
         return rms_norm(x, self.norm, EPS)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits [n, vocabulary] of some tokens [n, D]."""
-        return torch.nn.functional.linear(x, self.head)
+        return F.linear(x, self.head)

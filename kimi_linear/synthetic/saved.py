@@ -9,9 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from impls.devices import named
 from kimi_linear.synthetic.runs import Run
 
-CHECKPOINT, CURVE = "checkpoint.safetensors", "curve.jsonl"
+CHECKPOINT, CURVE, ORIGIN = "checkpoint.safetensors", "curve.jsonl", "origin.json"
 VERSION = "1"
 
 
@@ -47,6 +48,25 @@ class State:
     exact: int = 0
 
 
+def origin(device: str) -> dict:
+    """Return what decides the bits of a run beside the run itself, and whose seconds its curve counts."""
+    about = named("cpu" if torch.device(device).type == "cpu" else device)
+    return {"device": about["name"], "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def check_origin(folder: Path, device: str) -> None:
+    """Note where the run of a folder is trained; SavedError where it was trained elsewhere before."""
+    here, path = origin(device), folder / ORIGIN
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".new").write_text(json.dumps(here) + "\n", encoding="utf-8")
+        path.with_suffix(".new").replace(path)
+    elif (there := json.loads(path.read_text(encoding="utf-8"))) != here:
+        other = {name: value for name, value in here.items() if there.get(name) != value}
+        told = "; ".join(f"{name} {there.get(name)}, here {value}" for name, value in other.items())
+        raise SavedError(f"{folder} was trained elsewhere: {told} (set by OMP_NUM_THREADS); or name another --out")
+
+
 def save(path: Path, run: Run, state: State, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write a checkpoint in place of the last one: whoever is killed meanwhile finds the last one."""
     tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
@@ -71,7 +91,10 @@ def about(path: Path) -> tuple[Run, State]:
         raise SavedError(f"{path}: no checkpoint: {error}") from error
     if found.get("version") != VERSION or not {"run", "state"} <= found.keys():
         raise SavedError(f"{path}: expected a checkpoint of version {VERSION}, got {found.get('version')!r}")
-    return Run.from_json(json.loads(found["run"])), State(**json.loads(found["state"]))
+    try:
+        return Run.from_json(json.loads(found["run"])), State(**json.loads(found["state"]))
+    except (TypeError, ValueError) as error:
+        raise SavedError(f"{path}: no checkpoint: {error}") from error
 
 
 def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from impls.devices import named
 from kimi_linear.synthetic.model import Toy
-from kimi_linear.synthetic.rates import Finished, Meet, best, search, trained
+from kimi_linear.synthetic.rates import OUTCOME, Finished, Meet, best, search, trained
 from kimi_linear.synthetic.runs import Run
 from kimi_linear.synthetic.train import Trainer
 
@@ -45,6 +45,12 @@ class Suite:
                 yield [found]
 
 
+    def pending(self, out: Path) -> tuple[Run, ...]:
+        """Return the runs whose task and mixer lack a seed that is over."""
+        ended = lambda run: any((out / run.folder).parent.glob(f"*/{OUTCOME}"))  # noqa: E731
+        return tuple(run for run in self.runs if not all(ended(replace(run, seed=seed)) for seed in self.seeds))
+
+
 def seconds_of_a_step(run: Run, device: str) -> float:
     """Time a few steps of a run."""
     with TemporaryDirectory() as folder:
@@ -56,9 +62,9 @@ def seconds_of_a_step(run: Run, device: str) -> float:
         return (time.perf_counter() - begun) / TIMED
 
 
-def estimate(suite: Suite, steps_of: Callable[[Run], float]) -> float:
-    """Return the most seconds that a suite takes from its beginning: every run to its last step, none pruned."""
-    return sum(steps_of(run) * run.steps * (len(suite.rates) + len(suite.seeds) - 1) for run in suite.runs)
+def estimate(suite: Suite, runs: Sequence[Run], steps_of: Callable[[Run], float]) -> float:
+    """Return the most seconds that some of a suite's runs take: to their last step, at every rate, none pruned."""
+    return sum(steps_of(run) * run.steps * (len(suite.rates) + len(suite.seeds) - 1) for run in runs)
 
 
 def entry(found: Finished) -> dict:
@@ -66,7 +72,8 @@ def entry(found: Finished) -> dict:
     with torch.device("meta"):
         parameters = sum(x.numel() for x in Toy(found.run.toy).parameters())
     curve = [asdict(point) for point in found.curve]
-    about = {"label": found.run.label, "task": found.run.drawn.described, "parameters": parameters}
+    sizes = f"{found.run.drawn.described}; {found.run.drawn.vocabulary:,} ids, {found.run.batch} sequences a step"
+    about = {"label": found.run.label, "task": sizes, "parameters": parameters}
     return {"run": found.run.to_json()} | about | asdict(found.outcome) | {"curve": curve}
 
 

@@ -47,7 +47,8 @@ class Trainer:
     """A run in its folder: made, or found and taken up."""
 
     def __init__(self, run: Run, folder: Path, device: str = "cpu"):
-        """Take up what the folder holds; SavedError where that is another run."""
+        """Take up what the folder holds; SavedError where that is another run, or from another device."""
+        saved.check_origin(folder, device)
         self.run, self.folder, self.device = run, folder, device
         self.model = Toy(run.toy, run.seed).to(device)
         self.optimizer = torch.optim.AdamW(
