@@ -42,7 +42,8 @@ SECTIONS = (
     (
         "synthetic", "Training: the paper's synthetic tasks",
         "Toys of two layers trained from scratch with the ops of this project, forward and backward: the smallest real "
-        "training run. Sizes, not the paper's, stand in every title; every line is a seed.",
+        "training run. Sizes, not the paper's, stand in every title; every line is a seed. The small setting has as "
+        "many steps as show who learns faster; with more, mixers without the delta rule learn these lengths, too.",
         "python -m kimi_linear.synthetic suite --json FILE", synthetic.figures,
     ),
     (

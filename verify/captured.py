@@ -1,6 +1,6 @@
 """Captured inputs as one more family: q, k, v, g, beta of a trained layer, from a safetensors file.
 
-`python -m kimi_linear.synthetic capture` writes such a file; anybody's will do: q and k [B, T, H, K] normalised, v
+`python -m kimi_linear.synthetic capture` writes such a file; anybody's will do: q and k [B, T, H, K], k normalised, v
 [B, T, HV, V], g [B, T, HV, K] the log decay, beta [B, T, HV], activated. A recipe says which windows of it a case
 takes, so that it is cut, varied and made smaller like any other: sequences, where they begin, heads and channels follow
 from its seed and its sizes. What is rounded and shrunk for a dtype is so as of all other families.
@@ -116,8 +116,8 @@ def ratio(name: str) -> int:
 def cut(recipe: Recipe) -> Captured:
     """Cut the arrays of a recipe: q, k [B, T, H, K], v [B, T, HV, V], g [B, T, HV, K], beta [B, T, HV].
 
-    Each sequence of the batch is one of the file's, from a token and a head of its own on, which the seed chooses; what
-    is longer or has more heads or channels than the file begins anew.
+    Each sequence of the batch is one of the file's, from a token of its own on, all from one head on, which the seed
+    chooses; behind the last token, head or channel of the file comes its first.
     """
     found, dice = read(recipe.captured), Dice(recipe.seed, "captured")
     B, T, H, K = found.q.shape

@@ -82,6 +82,24 @@ def test_a_mixer_is_the_recurrence_that_it_is_named_after(kind):
     torch.testing.assert_close(mixed.kind.run(mixed, q, k, v, rest), torch.stack(outputs, 1), rtol=1e-10, atol=1e-12)
 
 
+def test_softmax_attends_to_every_token_before_and_its_own():
+    mixed = mixer("softmax")
+    q, k, v, rest, _ = mixed.inputs(tokens())
+    outputs = []
+    for t in range(q.shape[1]):
+        weights = torch.softmax((q[:, t, None] * k[:, : t + 1]).sum(-1) / k.shape[-1] ** 0.5, dim=1)
+        outputs.append((weights[..., None] * v[:, : t + 1]).sum(1))
+    torch.testing.assert_close(mixed.kind.run(mixed, q, k, v, rest), torch.stack(outputs, 1), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("conv", [0, 4])
+def test_autocast_has_the_recurrence_read_bfloat16_with_a_convolution_or_without(conv):
+    mixed = Mixer(MixerConfig("kda", 2, 8, 6, conv), torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        q, k, v, rest, _ = mixed.inputs(torch.ones(1, 4, 6))
+    assert {x.dtype for x in (q, k, v, rest.f, rest.beta)} == {torch.bfloat16}
+
+
 def test_mixers_decay_by_channel_by_head_or_not_at_all():
     def spread(kind):
         f = mixer(kind).inputs(tokens())[3].f
