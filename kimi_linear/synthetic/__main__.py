@@ -52,7 +52,7 @@ examples   python -m kimi_linear.synthetic --task mqar --mixer kda
 SUITE_EPILOG = """\
 The learning rate is chosen with the first seed, for every task and mixer; the other seeds train at that one.
 
-examples   python -m kimi_linear.synthetic suite --json results/synthetic-small.json
+examples   python -m kimi_linear.synthetic suite --json results/synthetic-small-NAME.json
            python -m kimi_linear.synthetic suite --tasks stack --mixers kda,gdn --seeds 0 --setting paper --device cuda
 """
 
