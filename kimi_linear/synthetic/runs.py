@@ -105,8 +105,8 @@ class Run:
 # Half a second a step on one core. So few steps that who learns faster shows, three seeds: KDA has 98%, 96%, 98% of
 # MQAR's answers and Mamba2 94%, 88%, 95%; of Palindrome's 97%, 98%, 98% and 89%, 92%, 99%. Mamba2's two heads decay as
 # their seed says: in the last one all of them begin with a memory of 34 tokens or more, in the others some with 2 to 7.
-# The lead is one of speed: Mamba2 had 97% of a Palindrome of twice the length 600 steps after KDA. With a batch of 16 it
-# is a few points; as few keys as channels (64) Mamba2 tells apart sooner, twice the letters cost KDA its lead.
+# The lead is one of speed: Mamba2 had 97% of a Palindrome of twice the length 600 steps after KDA. With a batch of 16
+# it is a few points; as few keys as channels (64) Mamba2 tells apart sooner, twice the letters cost KDA its lead.
 SMALL = Run(
     "mqar", "kda", length=64, alphabet=128, head_dim=64, hidden=64, batch=64, steps=475, rate=1e-3, warmup=100,
     stop=0.99, window=25,
