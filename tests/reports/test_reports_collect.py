@@ -211,7 +211,7 @@ def test_a_step_is_told_its_minutes(tmp_path):
 @pytest.mark.parametrize(("code", "outcome"), [(0, "done"), (3, "cut off")])
 def test_a_step_that_is_done_at_the_last_moment_is_done(tmp_path, code, outcome):
     late = f"{writes('a')}\nimport time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: sys.exit({code})"
-    assert collected(tmp_path, step("a", late), seconds=3)[1]["a"]["outcome"] == outcome
+    assert collected(tmp_path, step("a", late), seconds=8)[1]["a"]["outcome"] == outcome
 
 
 @pytest.mark.parametrize(("resumes", "text"), [(False, "x"), (True, "xx")])
