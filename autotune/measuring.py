@@ -24,8 +24,8 @@ STARTING = 120.0
 class Guarded:
     """Does what `clock.Clock` does, in a process of its own; a context manager, behind which no process is left."""
 
-    def __init__(self, bench: Bench, default: object, box: Box, seconds: float = PATIENCE):
-        self.bench, self.default, self.box, self.seconds = bench, default, box, seconds
+    def __init__(self, bench: Bench, default: object, box: Box):
+        self.bench, self.default, self.box, self.seconds = bench, default, box, PATIENCE
         self.process, self.pipe = None, None
 
     def __enter__(self) -> "Guarded":

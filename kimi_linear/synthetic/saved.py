@@ -64,7 +64,7 @@ def check_origin(folder: Path, device: str) -> None:
     elif (there := json.loads(path.read_text(encoding="utf-8"))) != here:
         other = {name: value for name, value in here.items() if there.get(name) != value}
         told = "; ".join(f"{name} {there.get(name)}, here {value}" for name, value in other.items())
-        raise SavedError(f"{folder} was trained elsewhere: {told} (set by OMP_NUM_THREADS); or name another --out")
+        raise SavedError(f"{folder} was trained elsewhere: {told}; OMP_NUM_THREADS sets threads, --out another folder")
 
 
 def save(path: Path, run: Run, state: State, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

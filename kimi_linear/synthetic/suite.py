@@ -44,11 +44,10 @@ class Suite:
                     return
                 yield [found]
 
-
     def pending(self, out: Path) -> tuple[Run, ...]:
-        """Return the runs whose task and mixer lack a seed that is over."""
-        ended = lambda run: any((out / run.folder).parent.glob(f"*/{OUTCOME}"))  # noqa: E731
-        return tuple(run for run in self.runs if not all(ended(replace(run, seed=seed)) for seed in self.seeds))
+        """Return the runs whose task and mixer lack a seed that ended at any rate."""
+        folders = {run: [(out / replace(run, seed=seed).folder).parent for seed in self.seeds] for run in self.runs}
+        return tuple(run for run, own in folders.items() if not all(any(x.glob(f"*/{OUTCOME}")) for x in own))
 
 
 def seconds_of_a_step(run: Run, device: str) -> float:

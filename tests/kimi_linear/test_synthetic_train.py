@@ -300,10 +300,12 @@ def test_the_papers_setting_is_one_flag_away():
             assert (run.layers, run.heads, run.head_dim, run.steps, run.length) == (2, 2, 128, 20_000, length)
 
 
+STORED = ROOT / "results" / "synthetic-small-intel-r-xeon-r-processor-2026-11-22.json"
+
+
 def stored(task: str, mixer: str) -> dict[int, dict]:
     """Return what is stored of the small setting, by seed, at the rate that was chosen."""
-    [path] = (ROOT / "results").glob("synthetic-small-*.json")
-    runs = [x for x in json.loads(path.read_text())["runs"] if (x["run"]["task"], x["label"]) == (task, mixer)]
+    runs = [x for x in json.loads(STORED.read_text())["runs"] if (x["run"]["task"], x["label"]) == (task, mixer)]
     return {x["run"]["seed"]: x for x in sorted(runs, key=lambda x: x["accuracy"] or 0) if x["state"] == "over"}
 
 
