@@ -1,6 +1,9 @@
 """Limits are measured, kept with their origin, and fair to kernels that round where their contract allows it."""
 
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -8,8 +11,10 @@ from impls.contracts import PrecisionContract
 from impls.table import IMPLEMENTATIONS
 from verify import yardstick
 from verify.calibrate import MARGIN, OTHER_CHUNKS, SHARPEST
-from verify.limits import START, limits_for, load
+from verify.limits import FILE, START, limits_for, load
+from verify.properties import PROPERTIES
 from verify.recipes import DTYPES, drawn, recipes
+from verify.resolve import resolve
 from verify.targets import Target, default_contract
 from verify.trial import Trial
 
@@ -49,3 +54,38 @@ def test_a_kernel_that_rounds_its_operands_passes_at_chunk_lengths_that_the_yard
         yard = yardstick.measure(trial.case, trial.contract, backward=False)
         got = yardstick.simulate(trial.case, trial.contract, C)
         assert all(m.ratio <= 1 for m in trial.judge(got, yard.exact, yard)), trial.recipe
+
+
+def test_only_properties_with_a_tolerance_measure_against_a_limit():
+    """The others are not asked in a calibration."""
+    strategy, gates = recipes(("bfloat16",), tokens=17, work=20_000), {}
+    for number in range(12):
+        trial = Trial(resolve("recurrent_torch", "cpu"), drawn(strategy, number))
+        for prop in PROPERTIES:
+            if prop.applies(trial):
+                gates.setdefault(prop.kind, set()).update(m.gate for m in prop.check(trial))
+    assert gates["bitwise"] == gates["bound"] == {"exact"}
+    assert len(gates["tolerance"]) > 4
+
+
+def calibrate(store: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run the command with blocks of two recipes; it writes no limits."""
+    program = (
+        "from rich.console import Console; from verify import calibrate; calibrate.BLOCK = 2; "
+        f"calibrate.main([*{arguments!r}, '--dry-run', '--examples', '4', '--store', {str(store)!r}], Console())"
+    )
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+
+
+def test_a_calibration_goes_on_behind_its_last_whole_block_and_writes_nothing_when_dry(tmp_path):
+    before, store = FILE.read_bytes(), tmp_path / "store.jsonl"
+    run = calibrate(store, "--only", "float64", "bfloat16>bfloat16")
+    assert "0 blocks of 2 recipes done, 4 to do" in run.stdout, run.stderr
+    header, *blocks = lines = store.read_text().splitlines()
+    store.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])
+    again = calibrate(store, "--only", "float64", "bfloat16>bfloat16")
+    assert "3 blocks of 2 recipes done, 1 to do" in again.stdout, again.stderr
+    assert sorted(store.read_text().splitlines()) == sorted([header, *blocks])
+    other = calibrate(store, "--seed", "2")
+    assert "holds another calibration (other seed)" in other.stderr
+    assert FILE.read_bytes() == before
