@@ -28,7 +28,7 @@ def add_run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--setting", choices=SETTINGS, default="small", help="all sizes (default small; see below)")
     sizes = p.add_argument_group("sizes, instead of the setting's")
     for name, text in SIZES.items():
-        values = ", ".join(f"{getattr(run, name):,} in {setting}" for setting, run in SETTINGS.items())
+        values = ", ".join(f"{_either(runs, name)} in {setting}" for setting, runs in SETTINGS.items())
         sizes.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{text} ({values})")
     sizes.add_argument(
         "--stop", type=float, metavar="X", help="accuracy of a window that ends a run (0.99 in small, 0.999 in paper)"
@@ -41,6 +41,11 @@ def add_run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", choices=DTYPES, help="of products; float32 in small, bfloat16 in paper")
     rates = ",".join(f"{rate:g}" for rate in RATES)
     p.add_argument("--rate", default=rates, metavar="X,...", help=f"learning rates; of several the best ({rates})")
+
+
+def _either(runs: dict[str, Run], name: str) -> str:
+    """Say a size of a setting: of all tasks, or one after the other."""
+    return " or ".join(f"{value:,}" for value in sorted({getattr(run, name) for run in runs.values()}))
 
 
 def add_place(p: argparse.ArgumentParser) -> None:
@@ -57,7 +62,7 @@ def run_of(args: argparse.Namespace, task: str, mixer: str, seed: int) -> Run:
     names = (*SIZES, "alphabet", "stop", "dtype", "output_gate")
     other = {name: value for name in names if (value := getattr(args, name)) is not None}
     conv = {"conv": 0} if args.no_conv else {}
-    run = SETTINGS[args.setting]
+    run = SETTINGS[args.setting][task]
     letters = TASKS[task].letters * other.get("length", run.length)
     return replace(run, **{"task": task, "mixer": mixer, "seed": seed, "alphabet": letters} | other | conv)
 

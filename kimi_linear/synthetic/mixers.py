@@ -30,7 +30,7 @@ EPS = 1e-5
 """Of all norms, as released."""
 OUTPUT_GATES = {"sigmoid": torch.sigmoid, "silu": F.silu, "none": None}
 DECAYS = (1e-3, 1e-1)
-"""Between these lie softplus(dt_bias), drawn evenly on a logarithmic scale, and exp(A_log) between 1 and 16."""
+"""Between these lies softplus(dt_bias), evenly on a logarithmic scale, and exp(A_log) between 1 and 16: `_spread`."""
 
 
 SPREAD = 0.02
@@ -161,7 +161,7 @@ class Mixer(nn.Module):
         self.g_b = drawn(generator, P, K) if "gate" in config.rows else None
         self.f_b = drawn(generator, P, K) if self.kind.decay == "channel" else None
         if self.kind.decay != "none":
-            self.A_log = nn.Parameter(torch.empty(config.heads).uniform_(1, 16, generator=generator).log_())
+            self.A_log = nn.Parameter((1 + 15 * _spread(config.heads, generator)).log_())
             self.dt_bias = nn.Parameter(_bias(P if self.kind.decay == "channel" else config.heads, generator))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -220,10 +220,19 @@ def drawn(generator: torch.Generator, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).normal_(0, SPREAD, generator=generator))
 
 
+def _spread(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Return the middles of `count` equal parts of 0 to 1, in random order.
+
+    Drawn independently, the decays of two heads decided what was compared: of three seeds one gave all heads of Mamba2
+    a memory of 34 tokens or more, and 99% of palindromes of 64 tokens; the others some of 2 to 7, and 89% and 92%.
+    """
+    return (torch.randperm(count, generator=generator) + 0.5) / count
+
+
 def _bias(count: int, generator: torch.Generator) -> torch.Tensor:
     """Return dt_bias whose softplus lies between DECAYS."""
     low, high = (math.log(x) for x in DECAYS)
-    rate = torch.empty(count).uniform_(low, high, generator=generator).exp_()
+    rate = (low + (high - low) * _spread(count, generator)).exp()
     return rate + torch.log(-torch.expm1(-rate))
 
 

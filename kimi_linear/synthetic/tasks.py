@@ -67,10 +67,21 @@ class Task:
 class Palindrome(Task):
     """Say random letters backwards: n letters, <sep>, the same reversed, n = (length - 1) // 2.
 
-    Ids: letters 0 to A - 1, <sep> = A. The first letter behind <sep> is given, as the paper prints it.
+    Ids: letters 0 to A - 1, <sep> = A. The letters of a sequence are distinct, and the first behind <sep> is given, as
+    in the paper's example.
     """
 
     name, shortest = "palindrome", 5
+
+    @property
+    def fewest(self) -> int:
+        """Return the fewest letters: none comes twice."""
+        return max(2, self.said)
+
+    @property
+    def said(self) -> int:
+        """Return n."""
+        return (self.length - 1) // 2
 
     @property
     def vocabulary(self) -> int:
@@ -80,12 +91,12 @@ class Palindrome(Task):
     @property
     def described(self) -> str:
         """Say what the paper does not: sizes."""
-        return f"{(self.length - 1) // 2} of {self.alphabet} letters"
+        return f"{self.said} of {self.alphabet} letters"
 
     def draw(self, rng: np.random.Generator, B: int) -> tuple[np.ndarray, np.ndarray]:
         """Return ids and answers [B, 2 n + 1]."""
-        n = (self.length - 1) // 2
-        letters = rng.integers(0, self.alphabet, (B, n))
+        n = self.said
+        letters = np.argsort(rng.random((B, self.alphabet)), axis=1)[:, :n]
         ids = np.concatenate((letters, np.full((B, 1), self.alphabet), letters[:, ::-1]), axis=1)
         answers = np.full_like(ids, IGNORED)
         answers[:, n + 1 : -1] = ids[:, n + 2 :]

@@ -110,6 +110,18 @@ def test_mixers_decay_by_channel_by_head_or_not_at_all():
     assert spread("deltanet") is None and spread("softmax") is None
 
 
+@pytest.mark.parametrize("kind", ["kda", "gdn", "mamba2", "dplr"])
+def test_every_seed_begins_with_the_same_decays_in_an_order_of_its_own(kind):
+    mixers = [mixer(kind, seed) for seed in range(8)]
+    steps = [F.softplus(each.dt_bias.detach()).float() for each in mixers]
+    count = len(steps[0])
+    torch.testing.assert_close(steps[0].sort().values, 1e-3 * 100 ** ((torch.arange(count) + 0.5) / count))
+    assert all(torch.equal(each.sort().values, steps[0].sort().values) for each in steps)
+    assert len({tuple(each.tolist()) for each in steps}) > 1
+    for each in mixers:
+        torch.testing.assert_close(each.A_log.detach().exp().sort().values.float(), torch.tensor([4.75, 12.25]))
+
+
 def test_the_transition_of_general_dplr_never_grows_a_state():
     mixed = mixer("dplr")
     A = transitions("dplr", mixed, *mixed.inputs(10 * tokens())[:4])[0]

@@ -28,7 +28,7 @@ def test_the_papers_example_is_solved_as_printed(name):
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("length", [8, 9, 64, 257])
 def test_every_answer_is_the_solvers(name, length):
-    task = TASKS[name](length, 80)
+    task = TASKS[name](length, 128)
     drawn = batch(task, (5,), 7, 32)
     check(task, drawn)
     assert drawn.ids.shape == drawn.answers.shape
@@ -68,6 +68,12 @@ def test_half_of_the_stacks_operations_are_pops_and_all_stacks_are_met():
     assert set(ids[..., 1].flatten().tolist()) == set(range(16, 16 + STACKS))
 
 
+def test_no_letter_of_a_palindrome_comes_twice_and_all_come_at_every_place():
+    ids = batch(TASKS["palindrome"](33, 20), (0,), 0, 512).ids[:, :16]
+    assert all(len(set(row.tolist())) == 16 for row in ids)
+    assert all(set(column.tolist()) == set(range(20)) for column in ids.T)
+
+
 def test_mqar_asks_every_key_before_it_asks_one_again():
     task = TASKS["mqar"](65, 40)
     ids = batch(task, (0,), 0, 8).ids
@@ -80,6 +86,7 @@ def test_mqar_asks_every_key_before_it_asks_one_again():
     ("name", "length", "alphabet", "message"),
     [
         ("palindrome", 4, 26, "length of palindrome must be at least 5 tokens, got 4"),
+        ("palindrome", 64, 30, "alphabet of palindrome must have at least 31 letters at length 64, got 30"),
         ("mqar", 64, 15, "alphabet of mqar must have at least 16 letters at length 64, got 15"),
         ("stack", 64, 1, "alphabet of stack must have at least 2 letters at length 64, got 1"),
     ],
