@@ -1,8 +1,9 @@
 """Measure what right implementations reach in every gate, and write limits.json: `python -m verify calibrate`.
 
 A limit is 1.5 times the largest ratio seen, never below the starting values of the design (row 3, overall 2, twice that
-for pairs), and kept with the distribution that it was the end of and how that was obtained. Raising one by hand is a
-change to review, with its reason beside it.
+for pairs), and kept with the distribution that it was the end of and how that was obtained. A limit above the stored
+one is first of all a case in which an implementation taken to be right was far off: nothing is written, and that case
+is shown, unless --reason says why it may rise.
 
 Recipes are judged in blocks, each a line of --store as it ends: who is killed goes on with the same command. Nothing is
 written to limits.json before all are there, and with --dry-run not even then.
@@ -49,7 +50,7 @@ of that.
 
 
 def main(argv: list[str], console: Console) -> int:
-    """Run the command; returns 0. Raises UsageError."""
+    """Run the command; returns 0, or 1 where limits would rise without a reason. Raises UsageError."""
     args = _parser().parse_args(argv)
     for name in args.targets:
         if not own(name):
@@ -74,10 +75,31 @@ def main(argv: list[str], console: Console) -> int:
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    if not args.dry_run:
-        FILE.write_text(json.dumps(_document(args, [block["kinds"] for block in done]), indent=2) + "\n")
-        console.print(f"{FILE} written", soft_wrap=True)
+    return 0 if args.dry_run else _write(_document(args, [block["kinds"] for block in done]), args.reason, console)
+
+
+def _write(document: dict, reason: str | None, console: Console) -> int:
+    """Write limits.json, unless limits rise and nobody says why."""
+    stored = json.loads(FILE.read_text())["limits"]
+    risen = [rise for kind, row in document["limits"].items() for rise in _risen(kind, row, stored.get(kind))]
+    for rise in risen:
+        console.print(f"rises: {rise}", soft_wrap=True, markup=False)
+    if risen and not reason:
+        console.print(f"{FILE} left as it is: look at these cases; where a limit is to rise, say why by --reason")
+        return 1
+    FILE.write_text(json.dumps(document, indent=2) + "\n")
+    console.print(f"{FILE} written", soft_wrap=True)
     return 0
+
+
+def _risen(kind: str, row: dict, stored: dict | None) -> Iterator[str]:
+    """Say which limits of a row are above those that hold now, and which case that comes from."""
+    now = stored["limits"] if stored else asdict(START)
+    for gate, limit in row["limits"].items():
+        if limit > now[gate]:
+            met = row["largest"][gate.replace("_", " ")]
+            observed = f"{met['target']} reached {met['observed']:.3g} in {met['what']}"
+            yield f"{kind} {gate} from {now[gate]:g} to {limit:g}: {observed} of {met['recipe']}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (2)")
     store = "what is measured goes there, and is gone on with (default verify-calibration.jsonl)"
     parser.add_argument("--store", type=Path, default=Path("verify-calibration.jsonl"), metavar="FILE", help=store)
+    why = "why limits may rise above the stored ones, kept beside them"
+    parser.add_argument("--reason", metavar="TEXT", help=why)
     parser.add_argument("--dry-run", action="store_true", help="measure, and leave limits.json as it is")
     return parser
 
@@ -197,6 +221,7 @@ def _document(args: argparse.Namespace, blocks: list[dict]) -> dict:
     rows = json.loads(FILE.read_text())["limits"] | rows
     how = " ".join(["python -m verify calibrate", *args.targets, "--examples", str(args.examples)])
     about = {"how": f"{how} --seed {args.seed}", "date": records.now(), "versions": records.versions()}
+    about |= {"reason": args.reason} if args.reason else {}
     rows |= {kind: about | _row(found) for kind, found in sorted(merged.items())}
     return {"schema": 1, "margin": MARGIN, "limits": rows}
 

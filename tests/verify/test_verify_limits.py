@@ -1,15 +1,18 @@
 """Limits are measured, kept with their origin, and fair to kernels that round where their contract allows it."""
 
+import io
+import json
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from impls.contracts import PrecisionContract
 from impls.table import IMPLEMENTATIONS
-from verify import yardstick
+from verify import calibrate, records, sources, yardstick
 from verify.calibrate import MARGIN, OTHER_CHUNKS, SHARPEST
 from verify.limits import FILE, START, limits_for, load
 from verify.properties import PROPERTIES
@@ -68,7 +71,7 @@ def test_only_properties_with_a_tolerance_measure_against_a_limit():
     assert len(gates["tolerance"]) > 4
 
 
-def calibrate(store: Path, *arguments: str) -> subprocess.CompletedProcess:
+def calibrated(store: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run the command with blocks of two recipes; it writes no limits."""
     program = (
         "from rich.console import Console; from verify import calibrate; calibrate.BLOCK = 2; "
@@ -79,13 +82,51 @@ def calibrate(store: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_a_calibration_goes_on_behind_its_last_whole_block_and_writes_nothing_when_dry(tmp_path):
     before, store = FILE.read_bytes(), tmp_path / "store.jsonl"
-    run = calibrate(store, "--only", "float64", "bfloat16>bfloat16")
+    run = calibrated(store, "--only", "float64", "bfloat16>bfloat16")
     assert "0 blocks of 2 recipes done, 4 to do" in run.stdout, run.stderr
     header, *blocks = lines = store.read_text().splitlines()
     store.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])
-    again = calibrate(store, "--only", "float64", "bfloat16>bfloat16")
+    again = calibrated(store, "--only", "float64", "bfloat16>bfloat16")
     assert "3 blocks of 2 recipes done, 1 to do" in again.stdout, again.stderr
     assert sorted(store.read_text().splitlines()) == sorted([header, *blocks])
-    other = calibrate(store, "--seed", "2")
+    other = calibrated(store, "--seed", "2")
     assert "holds another calibration (other seed)" in other.stderr
     assert FILE.read_bytes() == before
+
+
+@pytest.fixture
+def limits(tmp_path, monkeypatch) -> Path:
+    """A file of limits that a test may write."""
+    path = tmp_path / "limits.json"
+    path.write_bytes(FILE.read_bytes())
+    monkeypatch.setattr(calibrate, "FILE", path)
+    return path
+
+
+def write(folder: Path, observed: float, *arguments: str) -> tuple[int, str]:
+    """Let the command end with a store in which one block of float64 met this; returns its code and what it said."""
+    header = {"kind": "calibration", "version": 1, "seed": 1, "sources": sources.digest()}
+    largest = {"observed": observed, "what": "dg", "target": "chunk_torch", "recipe": "float64 T=7"}
+    met = {"cases": 50, "gates": {"row": {"bins": {"8": 50}, "largest": largest}}}
+    block = {"job": "recurrent_torch  float64 0 1 1", "kinds": {"float64>float64 beta<=1": met}}
+    store = folder / "store.jsonl"
+    store.write_text("".join(f"{json.dumps(line)}\n" for line in (header | {"versions": records.versions()}, block)))
+    console = Console(width=400, record=True, file=io.StringIO())
+    code = calibrate.main(["--only", "float64", "--examples", "50", "--store", str(store), *arguments], console)
+    return code, console.export_text()
+
+
+def test_a_limit_rises_only_for_a_reason_that_is_kept_beside_it(tmp_path, limits):
+    before = limits.read_bytes()
+    code, said = write(tmp_path, 20.0)
+    assert code == 1 and limits.read_bytes() == before
+    assert "float64>float64 beta<=1 row from 3 to 30: chunk_torch reached 20 in dg of float64 T=7" in said
+    assert write(tmp_path, 20.0, "--reason", "measured on paper")[0] == 0
+    row = json.loads(limits.read_text())["limits"]["float64>float64 beta<=1"]
+    assert (row["limits"]["row"], row["reason"]) == (30.0, "measured on paper")
+
+
+def test_limits_that_hold_are_written_with_what_was_met(tmp_path, limits):
+    assert write(tmp_path, 1.0)[0] == 0
+    row = json.loads(limits.read_text())["limits"]["float64>float64 beta<=1"]
+    assert row["limits"]["row"] == 3.0 and row["largest"]["row"]["observed"] == 1.0 and "reason" not in row
