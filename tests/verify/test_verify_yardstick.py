@@ -10,7 +10,7 @@ import torch
 from impls.contracts import at_least_float32
 from kda_spec.gradients import gradients
 from kda_spec.recurrent import recurrent
-from verify import coverage, simulators, yardstick
+from verify import bounds, coverage, simulators, yardstick
 from verify.exact import UNIT_ROUNDOFF
 from verify.families import materialise
 from verify.properties import PROPERTIES
@@ -109,6 +109,41 @@ def test_gate_R_grows_with_the_error_that_it_bounds():
     recipe = Recipe("float32", 4, 1, 33, 1, 1, 16, 8, gates="mild", betas="uniform")
     never = [Trial(OURS, replace(recipe, dtype=dtype)).yard.never["o"] for dtype in ("float64", "float32")]
     assert np.all(never[0] < 1e-8 * never[1])
+
+
+WIPED = {
+    "reference_backward": Recipe(
+        "bfloat16", 216, 3, 32, 3, 1, 1, 4, keys="some_zero", queries="keys", values="small", gates="resets_inf",
+        plant=4, state=True, scale=True,
+    ),
+    "layouts": Recipe(
+        "bfloat16", 1316, 2, 32, 3, 1, 1, 64, keys="some_zero", queries="keys", values="small", gates="long_memory",
+        betas="largest", plant=3, state=True, l2norm=True, sigmoid="sigmoid", gates_float32=True, chunk=64,
+    ),
+    "gradient_split": Recipe(
+        "bfloat16", 3261, 2, 17, 2, 1, 1, 1, keys="hadamard", queries="keys", values="spikes", gates="mild",
+        betas="mixed", plant=4, sigmoid="twice", gates_float32=True,
+    ),
+    "chunk_invariance": Recipe(
+        "bfloat16", 423, 1, 200, 1, 1, 1, 8, keys="near_collinear", queries="large", values="small",
+        gates="long_memory", betas="above_one", plant=7, state=True, chunk=16,
+    ),
+}  # fmt: skip
+"""What calibration found: by norms of the state alone these are 1.4 to 3e7 times the limit for a right kernel."""
+
+
+@pytest.mark.parametrize("name", WIPED)
+def test_rounding_in_a_chunk_what_a_later_token_of_it_erases_is_legal(name):
+    assert ratio(resolve("chunk_torch", "cpu"), WIPED[name], name) <= 1
+
+
+def test_parts_count_as_much_as_the_state_where_nothing_is_erased():
+    case = materialise(Recipe("float64", 3, 1, 20, 1, 1, 8, 4, gates="mild", betas="uniform", state=True))
+    q, k, v, g, beta = (np.swapaxes(x, 1, 2) for x in (case.q, case.k, case.v, case.g, case.beta))
+    S, sizes = case.S0, bounds.forward(q, k, v, g, 0 * beta, case.S0)
+    for t in range(case.T):
+        S = np.exp(g[..., t, :, None]) * S
+        assert np.allclose(sizes["s"][..., t, :], np.linalg.norm(S, axis=-2), rtol=1e-12)
 
 
 def test_what_an_error_is_divided_by_does_not_know_the_candidate():
