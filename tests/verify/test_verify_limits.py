@@ -12,7 +12,7 @@ from rich.console import Console
 
 from impls.contracts import PrecisionContract
 from impls.table import IMPLEMENTATIONS
-from verify import calibrate, records, sources, yardstick
+from verify import calibrate, sources, yardstick
 from verify.calibrate import MARGIN, OTHER_CHUNKS, SHARPEST
 from verify.limits import FILE, START, limits_for, load
 from verify.properties import PROPERTIES
@@ -94,6 +94,11 @@ def test_a_calibration_goes_on_behind_its_last_whole_block_and_writes_nothing_wh
     assert FILE.read_bytes() == before
 
 
+def test_limits_are_no_part_of_what_a_stored_calibration_was_measured_by():
+    """Who writes the rows of one kind goes on with the store of another."""
+    assert sources.digest(without=FILE.resolve()) == calibrate.begins(1)["sources"] != sources.digest()
+
+
 @pytest.fixture
 def limits(tmp_path, monkeypatch) -> Path:
     """A file of limits that a test may write."""
@@ -105,12 +110,11 @@ def limits(tmp_path, monkeypatch) -> Path:
 
 def write(folder: Path, observed: float, *arguments: str) -> tuple[int, str]:
     """Let the command end with a store in which one block of float64 met this; returns its code and what it said."""
-    header = {"kind": "calibration", "version": 1, "seed": 1, "sources": sources.digest()}
     largest = {"observed": observed, "what": "dg", "target": "chunk_torch", "recipe": "float64 T=7"}
     met = {"cases": 50, "gates": {"row": {"bins": {"8": 50}, "largest": largest}}}
     block = {"job": "recurrent_torch  float64 0 1 1", "kinds": {"float64>float64 beta<=1": met}}
     store = folder / "store.jsonl"
-    store.write_text("".join(f"{json.dumps(line)}\n" for line in (header | {"versions": records.versions()}, block)))
+    store.write_text("".join(f"{json.dumps(line)}\n" for line in (calibrate.begins(1), block)))
     console = Console(width=400, record=True, file=io.StringIO())
     code = calibrate.main(["--only", "float64", "--examples", "50", "--store", str(store), *arguments], console)
     return code, console.export_text()
