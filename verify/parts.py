@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from impls.table import NAMED
 from verify import records
 from verify.choice import UsageError
 from verify.plan import Plan
@@ -13,6 +14,9 @@ IDENTITY = (
 )
 """What must agree between a run and the one that goes on, or between shards."""
 
+LONGEST_FIRST = (("chunk", True), ("chunk", False), ("recurrent", False), ("recurrent", True))
+"""Form, and whether it is interpreted: in quick ours take 43, 32, 22 and 12 seconds. Others' count as chunks."""
+
 
 def parts(plans: list[Plan], workers: int) -> list[list[Plan]]:
     """Cut plans so that so many workers have something to do: as many parts of each, of interleaved recipes.
@@ -21,8 +25,12 @@ def parts(plans: list[Plan], workers: int) -> list[list[Plan]]:
     """
     each = max(1, workers // max(1, len(plans)))
     found = [[_part(plan, i, each)] for plan in plans for i in range(each)]
-    # what is interpreted takes longest: it starts first
-    return sorted(found, key=lambda batch: batch[0].device != "interpret")
+    return sorted(found, key=lambda batch: LONGEST_FIRST.index(_kind(batch[0])))
+
+
+def _kind(plan: Plan) -> tuple[str, bool]:
+    by_token = any(row.form == "recurrent" for row in NAMED if row.name == plan.target)
+    return "recurrent" if by_token else "chunk", plan.device == "interpret"
 
 
 def _part(plan: Plan, i: int, count: int) -> Plan:

@@ -71,6 +71,15 @@ def test_only_properties_with_a_tolerance_measure_against_a_limit():
     assert len(gates["tolerance"]) > 4
 
 
+def test_every_property_with_a_limit_is_asked_of_both_targets_of_a_calibration():
+    limited = {prop.name for prop in PROPERTIES if prop.kind == "tolerance"}
+    assert set(calibrate.ALWAYS) < limited
+    for target in range(len(calibrate.RIGHT)):
+        blocks = range(target, len(calibrate.RIGHT) * calibrate.TURNS, len(calibrate.RIGHT))
+        assert set().union(*(calibrate.asked(block) for block in blocks)) == limited
+        assert all(set(calibrate.ALWAYS) <= set(calibrate.asked(block)) for block in blocks)
+
+
 def calibrated(store: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run the command with blocks of two recipes; it writes no limits."""
     program = (
