@@ -53,8 +53,8 @@ INTERPRETED = {
     ("quick", "recurrent"): Budget(asked=3, tokens=12, units=4_000, shrinking=500),
     ("tune", "chunk"): Budget(asked=4, tokens=33, units=8_000, shrinking=100),
     ("tune", "recurrent"): Budget(asked=4, tokens=12, units=40_000, shrinking=100),
-    ("ci", "chunk"): Budget(asked=20, tokens=65, units=8_000, shrinking=300),
-    ("ci", "recurrent"): Budget(asked=20, tokens=17, units=40_000, shrinking=1_500),
+    ("ci", "chunk"): Budget(asked=12, tokens=65, units=4_000, shrinking=300),
+    ("ci", "recurrent"): Budget(asked=12, tokens=17, units=20_000, shrinking=1_500),
     ("deep", "chunk"): Budget(asked=400, tokens=130, units=200_000, shrinking=1_000),
     ("deep", "recurrent"): Budget(asked=400, tokens=33, units=1_000_000, shrinking=5_000),
 }
@@ -63,12 +63,15 @@ INTERPRETED = {
 PROGRAMS = {"smoke": 4, "quick": 8, "tune": 64, "ci": 64, "deep": 256}
 """By profile, in place of what it demands elsewhere. Programs run one after the other there: none races another, and 64
 of our chunk kernels take 1.1 s a call at K = V = 16 and 3.0 s at 128: 1,024 would take up to 48 s."""
+LIVES = 2
+"""Lives of an engine there: four took a seventh of the time of `quick`."""
 
 
 def demands_of(profile: str, interpreted: bool) -> Demands:
     """Return what a profile asks of one recipe, in the interpreter or on a device."""
     demands = PROFILES[profile].demands
-    return replace(demands, programs=PROGRAMS[profile], tokens=Demands.tokens) if interpreted else demands
+    less = {"programs": PROGRAMS[profile], "tokens": Demands.tokens, "lives": LIVES}
+    return replace(demands, **less) if interpreted else demands
 
 
 def cost(form: str, case: Case) -> int:

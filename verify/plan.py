@@ -20,6 +20,8 @@ class Demands:
     """Programs that a crowded call must launch of every kernel; where none is seen, pairs of a sequence and a head."""
     tokens: int = 3
     """Tokens of the longest sequence of a crowded call."""
+    lives: int = 4
+    """Lives of an engine on one recipe, the simplest first."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ PROFILES = {
         ),
         Profile(
             "ci",
-            "before every merge: minutes",
-            200,
+            "before every merge: a quarter of an hour on two cores",
+            100,
             65,
             400_000,
             300,

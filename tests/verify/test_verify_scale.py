@@ -95,6 +95,14 @@ def test_parts_cover_a_plan_once():
     assert sorted(found) == plan.numbers("float32") == list(range(1, 23, 3))
 
 
+def test_what_takes_longest_starts_first():
+    names = ["recurrent_torch", "recurrent_triton", "chunk_torch", "chunk_triton"]
+    devices = ["interpret" if name.endswith("triton") else "cpu" for name in names]
+    plans = [Plan(*target, "smoke", ("float32",), 0, 23) for target in zip(names, devices, strict=True)]
+    order = [batch[0].target for batch in parts.parts(plans, 2)]
+    assert order == ["chunk_triton", "chunk_torch", "recurrent_torch", "recurrent_triton"]
+
+
 def test_diff_tells_what_is_worse(in_process, whole, tmp_path, capsys):
     run("diff", whole, whole)
     assert "no difference" in capsys.readouterr().out

@@ -18,8 +18,6 @@ SLOTS = 4
 """Sequences that live at once."""
 SOURCE = 24
 """Tokens of every row that sequences are made of."""
-LIVES = 4
-"""Runs of the machine on one recipe: Hypothesis begins with the simplest."""
 MOST_STEPS = 10
 
 
@@ -164,7 +162,7 @@ def serving(trial: Trial) -> Iterable[Measure]:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=LIVES,
+            max_examples=trial.demands.lives,
             stateful_step_count=min(2 + trial.recipe.T, MOST_STEPS),
             phases=(Phase.generate,),
             database=None,
