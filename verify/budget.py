@@ -22,7 +22,8 @@ class Budget:
     """How much of a profile is tried in the interpreter."""
 
     asked: int
-    """Recipes on which a property is asked, for every dtype: a quarter of them with gates of minus infinity."""
+    """Recipes on which a property is asked, for every dtype: a quarter of them, at least one, with gates of minus
+    infinity."""
     tokens: int
     """Longest sequence; up to four of half as many are packed."""
     units: int
@@ -63,15 +64,20 @@ INTERPRETED = {
 PROGRAMS = {"smoke": 4, "quick": 8, "tune": 64, "ci": 64, "deep": 256}
 """By profile, in place of what it demands elsewhere. Programs run one after the other there: none races another, and 64
 of our chunk kernels take 1.1 s a call at K = V = 16 and 3.0 s at 128: 1,024 would take up to 48 s."""
-LIVES = 2
-"""Lives of an engine there: four took a seventh of the time of `quick`."""
+LIVES = {"smoke": 2, "quick": 2, "tune": 4, "ci": 4, "deep": 4}
+"""By profile, in place of what it demands elsewhere: four took a seventh of the time of `quick`."""
 
 
 def demands_of(profile: str, interpreted: bool) -> Demands:
     """Return what a profile asks of one recipe, in the interpreter or on a device."""
     demands = PROFILES[profile].demands
-    less = {"programs": PROGRAMS[profile], "tokens": Demands.tokens, "lives": LIVES}
+    less = {"programs": PROGRAMS[profile], "tokens": Demands.tokens, "lives": LIVES[profile], "sequences": 0}
     return replace(demands, **less) if interpreted else demands
+
+
+def demands_of_replay(interpreted: bool) -> Demands:
+    """Return the most that is asked of one recipe, as its file names no profile; larger crowds only cost time."""
+    return replace(demands_of("tune", interpreted), sequences=demands_of("deep", interpreted).sequences)
 
 
 def cost(form: str, case: Case) -> int:

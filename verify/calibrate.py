@@ -5,6 +5,9 @@ for pairs), and kept with the distribution that it was the end of and how that w
 one is first of all a case in which an implementation taken to be right was far off: nothing is written, and that case
 is shown, unless --reason says why it may rise.
 
+The definition, chunk lengths and conservation laws are asked of every recipe, every other property that has a limit of
+a third of them: of 10,000 recipes of two implementations each property meets at least 1,600 of each.
+
 Recipes are judged in blocks, each a line of --store as it ends: who is killed goes on with the same command. Nothing is
 written to limits.json before all are there, and with --dry-run not even then.
 """
@@ -41,12 +44,13 @@ BLOCK = 50
 OCTAVE = 8
 """Bins of a distribution in a factor of 2."""
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
-ALWAYS = ("reference_forward", "reference_backward", "chunk_invariance", "adjoint_identity")
-ALWAYS += tuple(f"conservation_{of}" for of in ("query", "key", "gate", "state"))
-"""Properties that are asked on every recipe: between them they measure against every limit but that of pairs."""
+ALWAYS = (
+    *("reference_forward", "reference_backward", "chunk_invariance", "adjoint_identity"),
+    *("conservation_query", "conservation_key", "conservation_gate", "conservation_state"),
+)
+"""Properties that are asked of every recipe: between them they measure against every limit but that of pairs."""
 TURNS = 3
-"""The others, three quarters of the time, take turns: a third of them in each block. Targets alternate from block to
-block, so that each target meets all."""
+"""The others, three quarters of the time, take turns: a third of them in each block of a target."""
 RIGHT = ("recurrent_torch", "chunk_torch")
 SHARPEST = replace(START, rounded=2.0, rounded_overall=1.5)
 """No limit is set below these, for cases that a calibration did not meet. Rounded tensors err by that one rounding, at
@@ -80,7 +84,8 @@ def main(argv: list[str], console: Console) -> int:
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return 0 if args.dry_run else _write(_document(args, [block["kinds"] for block in done]), args.reason, console)
+    document = _document(args, header["sources"], [block["kinds"] for block in done])
+    return 0 if args.dry_run else _write(document, args.reason, console)
 
 
 def _write(document: dict, reason: str | None, console: Console) -> int:
@@ -143,10 +148,11 @@ def _stored(path: Path, header: dict) -> list[dict]:
 
 
 def _jobs(args: argparse.Namespace) -> list[tuple]:
-    """List (target, operand, dtype, block, blocks, seed); the targets share the recipes of a dtype between them."""
+    """List (target, turn or operand, dtype, block, blocks, seed); targets share the recipes of a dtype between them."""
     targets, blocks = args.targets or list(RIGHT), -(-args.examples // BLOCK)
     dtypes = [dtype for dtype in DTYPES if dtype in args.only]
-    jobs = [(targets[b % len(targets)], "", dtype, b, blocks, args.seed) for b in range(blocks) for dtype in dtypes]
+    mine = [(targets[b % len(targets)], b // len(targets) % TURNS) for b in range(blocks)]
+    jobs = [(*mine[b], dtype, b, blocks, args.seed) for b in range(blocks) for dtype in dtypes]
     pairs = [pair for kind, pair in OPERANDS.items() if kind in args.only]
     return jobs + [(SIMULATORS, *pair, b, blocks, args.seed) for b in range(blocks) for pair in pairs]
 
@@ -160,9 +166,8 @@ def _block(job: tuple) -> dict[str, dict]:
     import torch
 
     torch.set_num_threads(1)
-    target, operand, dtype, block, blocks, seed = job
-    simulated = target == SIMULATORS
-    met = _simulated(operand, dtype, block, seed) if simulated else _judged(target, dtype, block, blocks, seed)
+    target, *how = job
+    met = _simulated(*how) if target == SIMULATORS else _judged(*job)
     kinds: dict[str, dict] = {}
     for kind, gates, recipe in met:
         found = kinds.setdefault(kind, {"cases": 0, "gates": {}})
@@ -180,18 +185,17 @@ def _bin(x: float) -> int:
     return math.floor(OCTAVE * math.log2(max(x, 2.0**-12)))
 
 
-def asked(block: int) -> tuple[str, ...]:
-    """Name the properties that a block asks: the definition of every recipe, and its share of the others that have a
-    limit."""
+def asked(turn: int) -> tuple[str, ...]:
+    """Name the properties with a limit that a block asks."""
     limited = [prop.name for prop in PROPERTIES if prop.kind == "tolerance"]
     others = [name for name in limited if name not in ALWAYS]
-    return *(name for name in limited if name in ALWAYS), *others[block % TURNS :: TURNS]
+    return *(name for name in limited if name in ALWAYS), *others[turn::TURNS]
 
 
-def _judged(target: str, dtype: str, block: int, blocks: int, seed: int) -> list[tuple]:
+def _judged(target: str, turn: int, dtype: str, block: int, blocks: int, seed: int) -> list[tuple]:
     """Judge an implementation on the recipes of a block."""
     contract, met = resolve(target, "cpu").contract(dtype), []
-    examples, common = BLOCK * blocks, {"seed": seed, "kills": BLOCK + 1, "properties": asked(block)}
+    examples, common = BLOCK * blocks, {"seed": seed, "kills": BLOCK + 1, "properties": asked(turn)}
     plan = Plan(target, "cpu", "quick", (dtype,), examples=examples, shard=(block, blocks), **common)
 
     def listen(kind: str, **record) -> None:
@@ -203,7 +207,7 @@ def _judged(target: str, dtype: str, block: int, blocks: int, seed: int) -> list
     return met
 
 
-def _simulated(operand: str, dtype: str, block: int, seed: int) -> Iterator[tuple]:
+def _simulated(operand: str, dtype: str, block: int, blocks: int, seed: int) -> Iterator[tuple]:
     """Do the same for kernels with narrow operands: the simulators at chunk lengths that Y does not use."""
     plain = default_contract(dtype)
     contract = replace(plain, operand=operand, stored=plain.stored if operand == dtype else "float32")
@@ -224,7 +228,7 @@ def _largest(recipe, contract: PrecisionContract) -> dict[str, dict]:
     return gates
 
 
-def _document(args: argparse.Namespace, blocks: list[dict]) -> dict:
+def _document(args: argparse.Namespace, measured_by: str, blocks: list[dict]) -> dict:
     """Join blocks to what limits.json holds: rows that were not measured are kept."""
     merged: dict[str, dict] = {}
     for kinds in blocks:
@@ -237,8 +241,10 @@ def _document(args: argparse.Namespace, blocks: list[dict]) -> dict:
                 whole["largest"] = max(whole["largest"], gate["largest"], key=lambda x: x["observed"])
     rows = {f"any {kind}": {"limits": asdict(START)} for kind in ("beta<=1", "beta<=2")}
     rows = json.loads(FILE.read_text())["limits"] | rows
-    how = " ".join(["python -m verify calibrate", *args.targets, "--examples", str(args.examples)])
-    about = {"how": f"{how} --seed {args.seed}", "date": records.now(), "versions": records.versions()}
+    kinds = " ".join(f'"{kind}"' if ">" in kind else kind for kind in args.only)
+    how = " ".join(["python -m verify calibrate", *(args.targets or RIGHT), "--only", kinds])
+    about = {"how": f"{how} --examples {args.examples} --seed {args.seed}", "date": records.now()}
+    about |= {"sources": measured_by, "versions": records.versions()}
     about |= {"reason": args.reason} if args.reason else {}
     rows |= {kind: about | _row(found) for kind, found in sorted(merged.items())}
     return {"schema": 1, "margin": MARGIN, "limits": rows}

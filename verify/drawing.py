@@ -57,7 +57,7 @@ def budget_of(plan: Plan, target: Target) -> Budget | None:
 def _recipes(plan: Plan, target: Target, dtypes: tuple[str, ...], chunks: tuple[int, ...]):
     """Return the recipes of a plan: those of its profile, smaller in the interpreter."""
     profile, inputs = PROFILES[plan.profile], plan.inputs
-    head_dims = plan.head_dims or (captured.head_dims(inputs) if inputs else DIMS)
+    head_dims = plan.head_dims or (captured.head_dims(inputs) if inputs else (*DIMS, *profile.wide))
     tokens, few = profile.tokens, {}
     if plan.device == "interpret":
         tokens, few = INTERPRETED[plan.profile, target.form].tokens, {"heads": HEADS, "tall": ()}

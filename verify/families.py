@@ -11,9 +11,15 @@ from verify import captured
 from verify.cases import Activation, Case
 from verify.exact import Dice, round_to, unit_rows
 from verify.recipes import Recipe
+from verify.yardstick import activated
 
 HARD = (-80.0, -88.0, -104.0, -1000.0)
 """Resets that real kernels met: exp(-88) is near float32's smallest normal number, exp(-104) underflows to zero."""
+TINY = {"small": {"float16": 2.0**-4}, "subnormal": {"float16": 2.0**-16, "float64": 2.0**-505}}
+"""Sizes of values where they are not `USUAL`."""
+USUAL = {"small": 2.0**-30, "subnormal": 2.0**-130}
+GRID = 2.0**20
+"""What depends on a sum over channels is rounded to 1 / GRID: sums differ in their last bits between machines."""
 
 
 def materialise(recipe: Recipe) -> Case:
@@ -24,7 +30,7 @@ def materialise(recipe: Recipe) -> Case:
     k = round_to(found.k if found else _keys(r), r.dtype)
     v = round_to(found.v if found else _values(r), r.dtype)
     state_dtype = "float64" if r.dtype == "float64" else "float32"
-    return Case(
+    case = Case(
         q=round_to(found.q if found else _queries(r, k), r.dtype),
         k=k,
         v=v,
@@ -40,6 +46,7 @@ def materialise(recipe: Recipe) -> Case:
         chunk_size=r.chunk or None,
         activation=_activation(r),
     )
+    return case.but(q=round_to(_cancelling(case), r.dtype)) if r.queries == "cancelling" and not found else case
 
 
 def _activation(r: Recipe) -> Activation:
@@ -88,13 +95,54 @@ def _queries(r: Recipe, k: np.ndarray) -> np.ndarray:
     return queries * 16 if r.queries == "large" else queries
 
 
+def _cancelling(case: Case) -> np.ndarray:
+    """Turn queries until they read next to nothing: S_t^T q_t cancels in all value columns, or in the first K - 1.
+
+    Of value heads that share a query the first counts.
+    """
+    inputs = activated(case).inputs()
+    turned, sizes = case.q.copy(), inputs.sizes
+    for batch, tokens, number in inputs.runs():
+        S = states(*inputs.heads_first(batch, tokens)[1:], case.initial[number])[:, :: sizes.HV // sizes.H]
+        q = np.swapaxes(case.q[batch, tokens], 1, 2)
+        for column in _orthonormal(np.moveaxis(S, -1, 0)[: sizes.K - 1]):
+            q = q - np.sum(q * column, axis=-1, keepdims=True) * column
+        size = np.linalg.norm(q, axis=-1, keepdims=True)
+        turned[batch, tokens] = np.swapaxes(q / np.maximum(size, 2.0**-10), 1, 2)
+    return np.round(turned * GRID) / GRID
+
+
+def states(k, v, g, beta, S) -> np.ndarray:
+    """Return the states [..., T, K, V] behind every token, heads first."""
+    found = np.empty((*k.shape, v.shape[-1]))
+    for t in range(k.shape[-2]):
+        S, row = np.exp(g[..., t, :, None]) * S, k[..., t, None, :]
+        S = S + row.swapaxes(-1, -2) * (beta[..., t, None, None] * (v[..., t, None, :] - row @ S))
+        found[..., t, :, :] = S
+    return found
+
+
+def _orthonormal(columns: np.ndarray) -> list[np.ndarray]:
+    """Make columns [n, ..., K] orthonormal, one after the other; those that add less than 2^-20 are zero."""
+    basis: list[np.ndarray] = []
+    for column in columns:
+        rest = column
+        for _ in range(2):  # once leaves what the first subtraction cancelled
+            for known in basis:
+                rest = rest - np.sum(rest * known, axis=-1, keepdims=True) * known
+        size, whole = (np.linalg.norm(x, axis=-1, keepdims=True) for x in (rest, column))
+        adds = size > whole / GRID
+        basis.append(np.where(adds, rest / np.where(adds, size, 1.0), 0.0))
+    return basis
+
+
 def _values(r: Recipe) -> np.ndarray:
     dice, shape = Dice(r.seed, "values"), (r.B, r.T, r.HV, r.V)
     values = dice.normal(shape)
     if r.values == "spikes":
         # 2^13 as met in released models; float16 ends at 65,504 and its gradients are products of two such numbers
         return values * np.where(dice.integers(0, 12, shape) == 0, 2.0 ** (3 if r.dtype == "float16" else 13), 1.0)
-    return values / 2.0 ** (4 if r.dtype == "float16" else 30) if r.values == "small" else values
+    return values * TINY[r.values].get(r.dtype, USUAL[r.values]) if r.values in TINY else values
 
 
 def _planted(r: Recipe, dice: Dice) -> np.ndarray:
@@ -142,7 +190,7 @@ def _betas(r: Recipe, k: np.ndarray, dtype: str, found: captured.Captured | None
         "one": np.ones(shape),
         "uniform": u,
         "zero": np.zeros(shape),
-        "tiny": np.full(shape, 2.0**-20),
+        "tiny": np.full(shape, 2.0 ** (-20 if dtype == "float16" else -27)),
         "mixed": np.array([0.0, 0.5, 1.0, 1.0])[dice.integers(0, 4, shape)],
         "above_one": 1 + u,
         "largest": np.full(shape, 2.0),

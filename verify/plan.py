@@ -6,6 +6,8 @@ COUNTED = ("cases", "rows", "runs", "discarded", "backward")
 """What is counted of a target, case by case."""
 LEAST = ("repeats", "pairs", "programs")
 """Counts that are the least of all cases, not their sum: what the demands came to."""
+MANY = 65_537
+"""Sequences beyond 65,535, which is all that the second and the third side of a CUDA grid hold."""
 RESTARTS = 3
 """Processes that go on behind cases that ended one, unless another number is asked for: each takes seconds to start."""
 
@@ -22,6 +24,8 @@ class Demands:
     """Tokens of the longest sequence of a crowded call."""
     lives: int = 4
     """Lives of an engine on one recipe, the simplest first."""
+    sequences: int = 0
+    """Sequences of a call of more than a side of a grid may be; 0: no such call."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Profile:
     shrinks: int
     dtypes: tuple[str, ...]
     demands: Demands = Demands()
+    wide: tuple[int, ...] = ()
+    """Head dimensions K and V that are drawn beside the usual ones."""
     aimed: int = 0
     """Recipes of a dtype more, which Hypothesis steers towards the worst ratio that it has met."""
 
@@ -82,7 +88,8 @@ PROFILES = {
             2_000_000,
             1000,
             ("float32", "bfloat16", "float16", "float64"),
-            Demands(repeats=10, programs=1024, tokens=33),
+            Demands(repeats=10, programs=1024, tokens=33, sequences=MANY),
+            wide=(60, 100, 128, 256),
             aimed=2000,
         ),
     )

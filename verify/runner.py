@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from verify import coverage, interpreter, interpreter_foreign, mutants, probe, records
-from verify.budget import INTERPRETED, demands_of
+from verify.budget import INTERPRETED, demands_of, demands_of_replay
 from verify.choice import own
 from verify.claims import Property
 from verify.drawing import budget_of, neutral, not_asked, seed_of, strategy_of
@@ -209,8 +209,8 @@ def _target(plan: Plan, emit: Emit) -> Target:
 
 
 def _demands(plan: Plan) -> Demands:
-    """Return what is asked of one recipe; of a replayed one the most, since its file does not name a profile."""
-    return demands_of("tune" if plan.recipe else plan.profile, plan.device == "interpret")
+    interpreted = plan.device == "interpret"
+    return demands_of_replay(interpreted) if plan.recipe else demands_of(plan.profile, interpreted)
 
 
 def _generate(

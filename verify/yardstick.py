@@ -7,10 +7,10 @@ the running error bound of one accumulator rounding a step,
     e_t = max(alpha_t) (e_{t-1} + ||S_{t-1}||) + beta_t ||k_t|| (||v_t|| + sqrt(K) ||k_t|| ||alpha_t S_{t-1}||)
           + ||S_t||   (times u)
 
-which holds because ||(I - beta k k^T) Diag(alpha)|| <= max(alpha) inside the domain; ||S|| is at least the size of the
-parts that chunks add up to S (`verify.bounds`). The same recurrence per value column, in units of the operands'
-roundoff, is R (facts: Higham, Accuracy and Stability, chapter 3). No absolute tolerance anywhere: `tiny` is the spacing
-of the output dtype near zero.
+which holds because ||(I - beta k k^T) Diag(alpha)|| <= max(alpha) inside the domain; for ||S|| stands the larger of
+the norm and the size of the parts that a chunk adds up to S (`verify.bounds`). The same recurrence per value column, in
+units of the operands' roundoff, is R (facts: Higham, Accuracy and Stability, chapter 3). No absolute tolerance
+anywhere: `tiny` is the spacing of the output dtype near zero.
 """
 
 from dataclasses import dataclass, replace

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,13 +72,16 @@ def test_only_properties_with_a_tolerance_measure_against_a_limit():
     assert len(gates["tolerance"]) > 4
 
 
-def test_every_property_with_a_limit_is_asked_of_both_targets_of_a_calibration():
+@pytest.mark.parametrize("targets", [1, 2, 3, 6])
+def test_every_property_with_a_limit_is_asked_of_every_target_of_a_calibration(targets):
     limited = {prop.name for prop in PROPERTIES if prop.kind == "tolerance"}
     assert set(calibrate.ALWAYS) < limited
-    for target in range(len(calibrate.RIGHT)):
-        blocks = range(target, len(calibrate.RIGHT) * calibrate.TURNS, len(calibrate.RIGHT))
-        assert set().union(*(calibrate.asked(block) for block in blocks)) == limited
-        assert all(set(calibrate.ALWAYS) <= set(calibrate.asked(block)) for block in blocks)
+    names = [f"target{n}" for n in range(targets)]
+    blocks = calibrate.BLOCK * targets * calibrate.TURNS
+    jobs = calibrate._jobs(Namespace(targets=names, only=["float32"], examples=blocks, seed=1))
+    for name in names:
+        met = [set(calibrate.asked(turn)) for target, turn, *_ in jobs if target == name]
+        assert set().union(*met) == limited and all(set(calibrate.ALWAYS) <= one for one in met)
 
 
 def calibrated(store: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -121,7 +125,7 @@ def write(folder: Path, observed: float, *arguments: str) -> tuple[int, str]:
     """Let the command end with a store in which one block of float64 met this; returns its code and what it said."""
     largest = {"observed": observed, "what": "dg", "target": "chunk_torch", "recipe": "float64 T=7"}
     met = {"cases": 50, "gates": {"row": {"bins": {"8": 50}, "largest": largest}}}
-    block = {"job": "recurrent_torch  float64 0 1 1", "kinds": {"float64>float64 beta<=1": met}}
+    block = {"job": "recurrent_torch 0 float64 0 1 1", "kinds": {"float64>float64 beta<=1": met}}
     store = folder / "store.jsonl"
     store.write_text("".join(f"{json.dumps(line)}\n" for line in (calibrate.begins(1), block)))
     console = Console(width=400, record=True, file=io.StringIO())

@@ -53,6 +53,7 @@ PROPERTIES: tuple[Property, ...] = (
     isolation.same_addresses,
     isolation.unwritten,
     crowd.crowd,
+    crowd.many_sequences,
     serving.serving,
     adjoint.adjoint_identity,
     adjoint.conservation_query,

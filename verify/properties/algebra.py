@@ -45,7 +45,7 @@ def _scales(trial: Trial) -> bool:
     while that state is there and another when scaling has flushed it. Operands in float16 end at 2^-14: there any small
     beta, decay or difference is met, and nothing is claimed.
     """
-    if trial.contract.operand == "float16":
+    if trial.contract.operand == "float16" or trial.recipe.values == "subnormal":
         return False
     g = activated(trial.case).g
     decayed = np.sum(np.where(g > HARDEST, -g, 0.0), axis=1)

@@ -10,7 +10,7 @@ import numpy as np
 from impls.plan import Launch
 from verify import yardstick
 from verify.cases import TOKENWISE, Case
-from verify.claims import claim, tokens
+from verify.claims import claim, condition, every, tokens
 from verify.families import materialise
 from verify.poison import poisoned_memory
 from verify.properties.isolation import repeated
@@ -38,19 +38,38 @@ def crowd(trial: Trial) -> Iterable[Measure]:
     profiles tune and deep). Programs are counted as our kernels are launched; where none is seen, a sequence and a
     head count as one.
 
-    Would have caught: FLA #913 (NaN from 1,024 blocks on), triton #9871 and #10590 (races that need a full device),
-    grids cut off at 65,535.
+    Would have caught: FLA #913 (NaN from 1,024 blocks on), triton #9871 and #10590 (races that need a full device).
     """
     case, result = _crowded(trial)
     if trial.recipe.dtype != "float16":  # whose sums of spikes may overflow, and cancel
         for name, x in result.tensors().items():
             yield Measure(f"{name} without NaN", float(x.isnan().sum()), 0, x.numel())
     both = trial.run(case, backward=True) if trial.differentiable else result
-    chosen = {0, case.N - 1, *trial.dice("crowd").integers(0, case.N, (SAMPLED - 2,)).tolist()}
-    for n in sorted(chosen):
-        yield from _one(trial, case, both, n)
+    yield from _sampled(trial, case, both)
     if trial.target.place != "cpu":  # a worker has one thread there: nothing races that `determinism` would not see
         yield from repeated(trial, case, both, backward=trial.differentiable)
+
+
+@condition("the profile asks for 65,537 sequences (deep), K V <= 64, HV = 1")
+def _asks_for_many(trial: Trial) -> bool:
+    return trial.demands.sequences > 0 and trial.recipe.K * trial.recipe.V <= 64 and trial.recipe.HV == 1
+
+
+@claim("tolerance", every(tokens, _asks_for_many), most=1)
+def many_sequences(trial: Trial) -> Iterable[Measure]:
+    """A call of 65,537 short sequences gives what each gives alone: the first, the last, and others in between.
+
+    With their gradients. Would have caught: grids that end at 65,535, indices of sequences in 16 bits.
+    """
+    case = _mixed(trial, trial.demands.sequences, tokens=2)
+    yield from _sampled(trial, case, trial.run(case, backward=trial.differentiable))
+
+
+def _sampled(trial: Trial, case: Case, result: Result) -> Iterable[Measure]:
+    """Measure the first, the last and some other sequences of a crowd."""
+    chosen = {0, case.N - 1, *trial.dice("crowd").integers(0, case.N, (SAMPLED - 2,)).tolist()}
+    for n in sorted(chosen):
+        yield from _one(trial, case, result, n)
 
 
 def _crowded(trial: Trial) -> tuple[Case, Result]:
@@ -71,10 +90,10 @@ def _crowded(trial: Trial) -> tuple[Case, Result]:
     return case, result
 
 
-def _mixed(trial: Trial, count: int) -> Case:
+def _mixed(trial: Trial, count: int, tokens: int | None = None) -> Case:
     """Make a case of so many sequences, each a mixture of the drawn ones, packed ones of every length."""
     r, dice = trial.recipe, trial.dice("mixture")
-    T = min(max(r.lengths, default=r.T), trial.demands.tokens)
+    T = min(max(r.lengths, default=r.T), tokens or trial.demands.tokens)
     drawn = materialise(replace(r, B=min(count, DRAWN), T=T, lengths=()))
     places = {name: dice.integers(0, drawn.B, (count,)) for name in (*("".join(x) for x in TOGETHER), "S0", "dS")}
     rows = {name: getattr(drawn, name)[places["".join(part)]] for part in TOGETHER for name in part}
