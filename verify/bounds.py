@@ -34,7 +34,10 @@ T = 1024, g = 0, K = 16, beta = 1 the floor of dk was 36 times that by norms, an
 
 
 def forward(q, k, v, g, beta, S, least: float = 0.0) -> dict[str, np.ndarray]:
-    """Walk [..., T, K] heads first. Returns [..., T, V]: e, s of S_t; lost, p of the decayed state; read of q^T S_t."""
+    """Walk [..., T, K] heads first. Returns [..., T, V]: e, s of S_t; lost, p of the decayed state; read of q^T S_t.
+
+    lost and read count the sqrt(K) roundings of the products k^T alpha S and q^T S as well.
+    """
     length, before = np.sqrt(q.shape[-1]), _size(np.swapaxes(S, -1, -2))[..., None, :]
     s, p = _sizes(k, v, np.exp(g), beta, S)
     before = np.concatenate([before, s], axis=-2)[..., :-1, :]

@@ -72,7 +72,7 @@ PROFILES = {
         ),
         Profile(
             "ci",
-            "before every merge: a quarter of an hour on two cores",
+            "before every merge: a quarter of an hour on two cores for ours",
             100,
             65,
             400_000,

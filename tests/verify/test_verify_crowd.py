@@ -1,6 +1,7 @@
 """A crowd has the programs that are asked for, and shows what no small case does; equal calls are really repeated."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from impls.plan import Launch
 from verify.plan import PROFILES, Demands
-from verify.properties.crowd import DRAWN, _mixed, crowd
+from verify.properties.crowd import DRAWN, _mixed, crowd, many_sequences
 from verify.properties.isolation import determinism
 from verify.recipes import Recipe
 from verify.resolve import resolve
@@ -64,6 +65,22 @@ def spoiled(n: int, factor: float):
 @pytest.mark.parametrize("n, factor", [(0, 1.01), (31, 1.01), (20, float("nan"))], ids=["first", "last", "NaN"])
 def test_one_wrong_sequence_of_many_is_found(n, factor):
     assert worst(crowd, Trial(target(spoiled(n, factor)), RECIPE, MANY)) > 1
+
+
+NARROW = replace(RECIPE, H=1, G=1, K=4, V=4)
+
+
+@pytest.mark.parametrize("n, factor, found", [(40, 1.0, False), (40, 1.01, True)])
+def test_a_call_of_many_sequences_looks_at_the_last(n, factor, found):
+    trial = Trial(target(spoiled(n, factor)), NARROW, Demands(sequences=n + 1))
+    assert many_sequences.applies(trial) and (worst(many_sequences, trial) > 1) == found
+
+
+@pytest.mark.parametrize("profile, asked", [("deep", True), ("ci", False), ("quick", False)])
+def test_only_deep_asks_for_more_sequences_than_a_side_of_a_grid_holds(profile, asked):
+    demands = PROFILES[profile].demands
+    assert many_sequences.applies(Trial(OURS, NARROW, demands)) == asked
+    assert demands.sequences > 65_535 or not asked
 
 
 def test_a_workspace_that_is_not_written_is_found_in_a_crowd():

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kda_spec.recurrent import recurrent
 from kda_spec.types import check_domain
 from verify import recipes
-from verify.drawing import neutral
+from verify.drawing import neutral, strategy_of
 from verify.exact import round_to
 from verify.families import materialise
+from verify.plan import Plan
 from verify.recipes import AXES, DTYPES, STRONG, TALL, Recipe, draw, drawn, from_json
+from verify.resolve import resolve
 from verify.targets import Target, default_contract
 from verify.yardstick import activated
 
@@ -84,6 +87,30 @@ RANGES = {"plant": range(8), "K": recipes.DIMS, "V": recipes.DIMS, "B": (1, 2, 3
 @pytest.mark.parametrize("field, options", (OPTIONS | RANGES).items())
 def test_every_family_and_size_is_drawn(many, field, options):
     assert {getattr(recipe, field) for recipe in many} >= set(options)
+
+
+@pytest.mark.parametrize("K, V", [(8, 3), (8, 8), (4, 12)])
+def test_cancelling_queries_read_next_to_nothing_of_what_is_there(K, V):
+    read = {}
+    for queries in ("unit", "cancelling"):
+        r = Recipe("float32", 3, 2, 17, 2, 1, K, V, (), queries=queries, gates="mild", betas="uniform", state=True)
+        case = materialise(r)
+        read[queries] = np.abs(recurrent(case.inputs()).o[..., : min(V, K - 1)])
+        assert np.allclose(np.linalg.norm(case.q, axis=-1), 1, atol=1e-5)
+    assert np.max(read["cancelling"]) < 1e-4 * np.median(read["unit"])
+
+
+@pytest.mark.parametrize("dtype, least", [("float32", 2.0**-126), ("bfloat16", 2.0**-126), ("float16", 2.0**-14)])
+def test_subnormal_values_are_below_the_normal_numbers_and_not_all_zero(dtype, least):
+    v = np.abs(materialise(Recipe(dtype, 3, 1, 16, 1, 1, 2, 8, values="subnormal")).v)
+    assert 0 < np.max(v) < 4 * least and np.mean((v > 0) & (v < least)) > 0.5
+
+
+def test_wide_heads_are_drawn_in_deep():
+    plan = Plan("recurrent_torch", "cpu", "deep", ("float32",), 0, 60)
+    strategy = strategy_of(plan, resolve("recurrent_torch", "cpu"), "float32")
+    drawn_dims = {d for n in range(60) for r in [drawn(strategy, n)] for d in (r.K, r.V)}
+    assert drawn_dims >= {60, 100, 128, 256}
 
 
 def test_lengths_around_chunk_borders_are_drawn(many):

@@ -1,4 +1,4 @@
-"""The property of a launch of many programs: a race, a miscompile or a grid's border that a handful does not show."""
+"""Properties of launches of many programs: a race, a miscompile or a grid's border that a handful does not show."""
 
 import contextlib
 import itertools
