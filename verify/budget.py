@@ -50,7 +50,7 @@ HEADS = (1, 1, 1, 2)
 INTERPRETED = {
     ("smoke", "chunk"): Budget(asked=2, tokens=17, units=200, shrinking=40),
     ("smoke", "recurrent"): Budget(asked=2, tokens=8, units=1_000, shrinking=200),
-    ("quick", "chunk"): Budget(asked=3, tokens=33, units=600, shrinking=100),
+    ("quick", "chunk"): Budget(asked=3, tokens=33, units=500, shrinking=100),
     ("quick", "recurrent"): Budget(asked=3, tokens=12, units=4_000, shrinking=500),
     ("tune", "chunk"): Budget(asked=4, tokens=33, units=8_000, shrinking=100),
     ("tune", "recurrent"): Budget(asked=4, tokens=12, units=40_000, shrinking=100),

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,12 +29,20 @@ CALIBRATED = {kind: row for kind, row in load()["limits"].items() if not kind.st
 @pytest.mark.parametrize("kind", CALIBRATED)
 def test_a_limit_is_the_margin_over_the_largest_ratio_and_says_where_that_was_met(kind):
     row = CALIBRATED[kind]
-    assert row["how"].startswith(("python -m verify.calibrate", "python -m verify calibrate")) and row["cases"] >= 100
+    assert row["how"].startswith("python -m verify calibrate")
     for gate, limit in row["limits"].items():
         largest = row["largest"].get(gate.replace("_", " "), {"observed": 0.0})
         least = asdict(SHARPEST)[gate]
         assert limit >= MARGIN * largest["observed"]
         assert limit == least or limit <= MARGIN * largest["observed"] + 0.5
+
+
+def test_every_contract_was_calibrated_over_ten_thousand_recipes_and_all_by_one_judge():
+    cases = Counter()
+    for kind, row in CALIBRATED.items():
+        cases[kind.split()[0]] += row["cases"]
+    assert min(cases.values()) >= 10_000
+    assert len({row["sources"] for row in CALIBRATED.values()}) == 1
 
 
 @pytest.mark.parametrize("conditioning", ["beta<=1", "beta<=2"])
@@ -135,9 +144,10 @@ def write(folder: Path, observed: float, *arguments: str) -> tuple[int, str]:
 
 def test_a_limit_rises_only_for_a_reason_that_is_kept_beside_it(tmp_path, limits):
     before = limits.read_bytes()
+    now = json.loads(before)["limits"]["float64>float64 beta<=1"]["limits"]["row"]
     code, said = write(tmp_path, 20.0)
     assert code == 1 and limits.read_bytes() == before
-    assert "float64>float64 beta<=1 row from 3 to 30: chunk_torch reached 20 in dg of float64 T=7" in said
+    assert f"float64>float64 beta<=1 row from {now:g} to 30: chunk_torch reached 20 in dg of float64 T=7" in said
     assert write(tmp_path, 20.0, "--reason", "measured on paper")[0] == 0
     row = json.loads(limits.read_text())["limits"]["float64>float64 beta<=1"]
     assert (row["limits"]["row"], row["reason"]) == (30.0, "measured on paper")
