@@ -113,11 +113,13 @@ _SCRIPT = '''"""Call a kernel on one case, and print its results beside those of
 {about}
 
 import importlib.util
+import sys
 {environment}from importlib import import_module
 {unwrap}from operator import attrgetter
 
 import torch
 {repair}
+sys.path.insert(0, "")  # as `python -m verify`: modules are looked for where it is run
 inf = float("inf")
 
 

@@ -65,6 +65,16 @@ def test_the_script_of_an_interpreted_kernel_interprets_with_bfloat16_mended(tmp
     assert 0.1 < max(differences) < 10
 
 
+def test_a_script_finds_the_kernel_in_the_folder_where_it_is_run(tmp_path):
+    (tmp_path / "mine.py").write_text((HERE / "broken_kernels.py").read_text())
+    folder = tmp_path / "verify-results"
+    replay.save(folder, failure_of("mine:undecayed"))
+    (path,) = folder.glob("*.py")
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+    run = subprocess.run([sys.executable, path], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "largest difference" in run.stdout, run.stderr
+
+
 @pytest.mark.parametrize("device, place", [("cpu", "cpu"), ("interpret", "cpu"), ("cuda:1", "cuda:1")])
 def test_a_script_puts_its_tensors_where_the_kernel_ran(tmp_path, device, place):
     recipe = Recipe(T=2, lengths=(1, 1))
