@@ -189,7 +189,8 @@ WIDE = partial(at_least_float32, bitwise=frozenset())
 )
 def test_a_small_error_of_scale_fails_in_half_precision(dtype, contract, percent):
     off = judged_as(lambda o, S: ((1 + percent / 100) * o, S), contract)
-    tried = [r for r in drawings(dtype, 20, queries="unit", values="normal", betas="uniform") if r.T]
+    # 60: of 19 that were drawn once, one case more or less made 79% of 84%
+    tried = [r for r in drawings(dtype, 60, queries="unit", values="normal", betas="uniform") if r.T]
     assert sum(ratio(off, recipe) > 1 for recipe in tried) >= 0.8 * len(tried)
 
 
