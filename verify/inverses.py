@@ -14,7 +14,7 @@ CHUNK = 32
 def chunked(x: torch.Tensor) -> torch.Tensor:
     """Cut [B, T, HV, n] into chunks [B, HV, chunks, C, n]; rows of zeros behind the end are tokens without effect."""
     x = pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % CHUNK))
-    return x.reshape(*x.shape[:2], -1, CHUNK, x.shape[-1])
+    return x.reshape(*x.shape[:2], -1, CHUNK, x.shape[-1]).contiguous()
 
 
 def tree_inverse(k: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:

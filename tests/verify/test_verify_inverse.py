@@ -29,6 +29,11 @@ def test_our_inverses_keep_the_bound(betas, gates):
     assert worst(resolve("chunk_torch", "cpu"), recipe) <= 1 and worst(target_of(CLEAN), recipe) <= 1
 
 
+def test_a_chunk_that_needs_no_padding_is_judged_too():
+    recipe = Recipe(T=CHUNK, G=2, keys="repeated", gates="mild")  # of one channel: its rows are no contiguous copy
+    assert worst(resolve("chunk_torch", "cpu"), recipe) <= 1
+
+
 @pytest.mark.parametrize("name", ["float16_neumann_inverse", "first_order_inverse"])
 def test_an_inverse_that_explodes_does_not(name):
     assert worst(target_of(find(name)), COLLINEAR) > 1
