@@ -82,11 +82,8 @@ def _compiled(
     shapes = [(lanes, C, C)] * 2 + [(lanes, 2 * C, K), (lanes, C, K), (lanes, K)]
     inputs = [torch.zeros(shape, dtype=dtype) for shape in (*shapes, (), (lanes, K, V))]
     inputs[5:5] = [torch.zeros(lanes, C, V, dtype=values) for _ in range(2)]
-    return (
-        compiled(partial(within_chunks, group=group), tokens),
-        compiled(over_chunk, inputs, products),
-        compiled(over_first_chunk, inputs, products),
-    )
+    over, over_first = (compiled(function, inputs, products) for function in (over_chunk, over_first_chunk))
+    return compiled(partial(within_chunks, group=group), tokens), over, over_first
 
 
 class _Walk:
@@ -103,11 +100,11 @@ class _Walk:
         if self.fixed:
             K, V = (padded(x) for x in states.final.shape[-2:])
             shape = self.slots, self.lanes, config.chunk_size
-            functions = _compiled(*shape, config.group, K, V, self.dtype, o.dtype, torch.get_num_threads())
-            self.within, self.over, self.over_first = functions
             self.fetched = [i for i in range(len(tokens)) if activations[i] is None]
             rows = [tokens[i] for i in self.fetched]
             self.fetch = Fetch(rows, o.shape[1], shape, self.dtype, KEPT, NORMED, normed)
+            functions = _compiled(*shape, config.group, K, V, self.dtype, o.dtype, torch.get_num_threads())
+            self.within, self.over, self.over_first = functions
 
     def block(self, spans: Sequence[Span]) -> None:
         """Write o of the chunks of a block, and the states behind them."""

@@ -54,7 +54,9 @@ def compiled(
     strides of what it is given, where only the elements, in their order, need to be those of `inputs`.
 
     Returns a function of tensors of that kind; it returns a sequence, and modifies what the function modifies.
-    Compiling takes seconds, and a fraction of one where an earlier process left its result in Inductor's cache.
+    Compiling takes seconds, and a fraction of one where an earlier process left its result in Inductor's cache. The C++
+    compiler may still be at work when this returns: the first call waits for it, and fails where it failed. So it works
+    on one function while Inductor prepares the next.
     Inductor is called as AOTAutograd calls it, whose layers around every call take 8 us. A wrapper in C++ then saves
     nothing, and takes up to 3 s longer to compile.
     """
@@ -76,7 +78,7 @@ def compiled(
     template = _template() if products else contextlib.nullcontext(loose)
     cache = torch.compiler.config.patch(cache_key_tag=tag)
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)  # without an environment nothing is cached
-    with _compiling, cache, torch.inference_mode(False), torch.no_grad(), template as patches:
+    with _compiling, cache, torch.inference_mode(False), torch.no_grad(), template as patches, _unawaited() as awaited:
         decompositions = select_decomp_table() | (_DECOMPOSITIONS if products and patches else {})
         # a tensor made in inference mode may not be modified outside it, not even where only its shape is looked at
         inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if x.is_inference() else x for x in inputs]
@@ -85,7 +87,36 @@ def compiled(
             graph = make_fx(functionalize(results, remove="mutations"), decompositions)(*inputs)
         with inductor.patch(patches), tracing(TracingContext(fakes)):
             run = compile_fx_inner(graph, inputs)
-    return lambda *tensors: run(list(tensors))
+
+    def call(*tensors):
+        if awaited:
+            with _compiling:
+                for wait in awaited:
+                    wait()
+                awaited.clear()
+        return run(list(tensors))
+
+    return call
+
+
+@contextlib.contextmanager
+def _unawaited() -> Iterator[list[Callable[[], None]]]:
+    """Have Inductor in this thread not wait for the C++ compiler; yield a list of what does."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    wait, here, awaited = AsyncCompile.wait, threading.get_ident(), []
+
+    def postponed(self, scope):
+        if threading.get_ident() == here:
+            awaited.append(functools.partial(wait, self, scope))
+        else:
+            wait(self, scope)
+
+    AsyncCompile.wait = postponed
+    try:
+        yield awaited
+    finally:
+        AsyncCompile.wait = wait
 
 
 def _baddbmm(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Compiled blocks and steps: one compilation whatever the call, the claims kept bit for bit, any number of threads."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from impls import (
     recurrent_torch,
 )
 from impls.choice import chunk_torch_launch, recurrent_torch_launch
+from impls.compiler_cpu import compiled
 
 K, V = 16, 32
 COMPILED = {
@@ -166,3 +169,27 @@ def test_what_is_compiled_first_in_inference_mode_is_the_same(draw, draw_state, 
         cache.cache_clear()
     with torch.inference_mode():
         assert_same(run(name, inputs, initial_state=S0), expected)
+
+
+def test_threads_that_call_first_wait_for_the_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.linspace(-1, 1, 64)
+    functions = [compiled(lambda x, n=n: (x * n + n,), [x]) for n in (3, 5)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: functions[i % 2](x)[0], range(8)))
+    assert_same(found, [x * n + n for n in (3, 5)] * 4)
+
+
+def test_what_the_compiler_refuses_fails_at_every_call(monkeypatch, tmp_path):
+    from torch._inductor import codecache
+
+    def refused(*_):
+        raise RuntimeError("refused")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(codecache, "_worker_compile_cpp", refused)
+    x = torch.ones(64)
+    function = compiled(lambda x: (x * 7 + 1,), [x])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="refused"):
+            function(x)
