@@ -75,7 +75,7 @@ def _compiled(
 ) -> tuple[Callable, ...]:
     """Return `within_chunks`, `over_chunk` and `over_first_chunk` of blocks of this shape, compiled for the threads.
 
-    values: the dtype of v and o. What takes Inductor longest is prepared last, while the C++ compiler works on the rest.
+    values: the dtype of v and o.
     """
     R, products = slots * lanes, dtype == torch.float32
     tokens = [torch.zeros(R, C, channels, dtype=dtype) for channels in (K, K, K, 1)]
@@ -102,7 +102,7 @@ class _Walk:
             shape = self.slots, self.lanes, config.chunk_size
             self.fetched = [i for i in range(len(tokens)) if activations[i] is None]
             rows = [tokens[i] for i in self.fetched]
-            self.fetch = Fetch(rows, o.shape[1], shape, self.dtype, KEPT, NORMED, normed)  # first, as `_compiled` says
+            self.fetch = Fetch(rows, o.shape[1], shape, self.dtype, KEPT, NORMED, normed)
             functions = _compiled(*shape, config.group, K, V, self.dtype, o.dtype, torch.get_num_threads())
             self.within, self.over, self.over_first = functions
 
