@@ -115,7 +115,7 @@ class _Walk:
         q, k, v, g, beta = self.brought(spans, shape)
         o = torch.empty_like(v)
         found = (*self.within(q, k, g, beta), o, v)
-        chunks = list(zip(*(x.unflatten(0, shape[:2]).unbind() for x in found), strict=True))
+        chunks = list(zip(*(x.view(*shape[:2], *x.shape[1:]).unbind() for x in found), strict=True))
         for span in spans:
             self.walk(span, chunks[span.slot : span.slot + span.slots])
         scatter(self.o, o.unflatten(0, shape[:2]), spans)

@@ -20,8 +20,7 @@ from impls.pages import keep_freed_memory
 TILE = (6, 32, 1)
 """Rows, columns and depth of the sums that the template keeps in registers."""
 
-_UNCHECKED = {"size_asserts": False}
-_ANY_ROWS = _UNCHECKED | {"assert_indirect_indexing": False, "max_fusion_size": 1}
+_ANY_ROWS = {"assert_indirect_indexing": False, "max_fusion_size": 1}
 
 _compiling = threading.Lock()
 
@@ -45,20 +44,20 @@ def compiled(
     inputs: Sequence[torch.Tensor],
     products: bool = False,
     rows: bool = False,
-    unchecked: bool = False,
 ) -> Callable:
     """Compile a function of tensors for the shapes, strides and dtypes of `inputs`; products: in the template.
 
     rows: it takes rows out of tensors of any size, whose elements it then finds by their strides alone, and works on
-    tensor by tensor: from four at once memory gives 9 GB/s instead of 13. unchecked: the function looks at no shapes or
-    strides of what it is given, where only the elements, in their order, need to be those of `inputs`.
+    tensor by tensor: from four at once memory gives 9 GB/s instead of 13.
 
-    Returns a function of tensors of that kind; it returns a sequence, and modifies what the function modifies.
+    Returns a function of tensors of that kind; it returns a sequence, and modifies what the function modifies. It looks
+    at no shapes, strides or dtypes (3% of a prefill), only at the elements, in the order of those of `inputs`.
     Compiling takes seconds, and a fraction of one where an earlier process left its result in Inductor's cache. The C++
     compiler may still be at work when this returns: the first call waits for it, and fails where it failed. So it works
     on one function while Inductor prepares the next.
-    Inductor is called as AOTAutograd calls it, whose layers around every call take 8 us. A wrapper in C++ then saves
-    nothing, and takes up to 3 s longer to compile.
+    Inductor is called as AOTAutograd calls it, whose layers around every call take 8 us, and its own layers are passed
+    by, which write down what is compiled at a first call. A wrapper in C++ then saves nothing, and takes up to 3 s
+    longer to compile.
     """
     assert len({id(x) for x in inputs}) == len(inputs), "one tensor twice would be compiled as one argument"
     from torch._guards import TracingContext, tracing
@@ -74,8 +73,7 @@ def compiled(
         return () if (found := function(*tensors)) is None else found
 
     tag = f"{torch.compiler.config.cache_key_tag} kda {TILE} {torch.get_num_threads()}"  # what the cache's key lacks
-    loose = _ANY_ROWS if rows else _UNCHECKED if unchecked else {}
-    template = _template() if products else contextlib.nullcontext(loose)
+    template = _template() if products else contextlib.nullcontext(_ANY_ROWS if rows else {})
     cache = torch.compiler.config.patch(cache_key_tag=tag)
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)  # without an environment nothing is cached
     with _compiling, cache, torch.inference_mode(False), torch.no_grad(), template as patches, _unawaited() as awaited:
@@ -85,8 +83,8 @@ def compiled(
         inputs = [fakes.from_tensor(x) for x in inputs]
         with fakes:
             graph = make_fx(functionalize(results, remove="mutations"), decompositions)(*inputs)
-        with inductor.patch(patches), tracing(TracingContext(fakes)):
-            run = compile_fx_inner(graph, inputs)
+        with inductor.patch({"size_asserts": False, **patches}), tracing(TracingContext(fakes)):
+            run = compile_fx_inner(graph, inputs).current_callable
 
     def call(*tensors):
         if awaited:

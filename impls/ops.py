@@ -201,7 +201,7 @@ def fused_recurrent_kda(
         flags = output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel
         options = scale, lower_bound, *flags, allow_neg_eigval, state_v_first
         if (known := again.known(tensors, None, options)) is not None:
-            return known()
+            return known(*tensors)
     keywords = _settled(
         A_log=A_log,
         dt_bias=dt_bias,
@@ -244,13 +244,13 @@ def kda(
     config without a name and for inputs that nothing supports, with every reason, and what the implementation raises:
     there is no fallback from the one that was named.
     """
-    for name in keywords:
-        if name not in KEYWORDS:
-            raise TypeError(f"kda() got an unexpected keyword argument {name!r}")
     if implementation == "recurrent_torch" or implementation is None and config is None:
         tensors = q, k, v, g, beta, *map(keywords.get, again.NAMED)
         if (known := again.known(tensors, config, again.options(keywords))) is not None:
-            return known()
+            return known(*tensors)
+    for name in keywords:
+        if name not in KEYWORDS:
+            raise TypeError(f"kda() got an unexpected keyword argument {name!r}")
     keywords = _settled(**keywords)
     if implementation is not None:
         return find(implementation).call(q, k, v, g, beta, config=config, **keywords)

@@ -56,6 +56,12 @@ def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> to
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # a view of it could not be modified under autograd
 
 
+def like(x: torch.Tensor) -> torch.Tensor:
+    """Return the `room` for as much as x, contiguous and on a CPU, in its shape and dtype."""
+    small = x.nbytes < MAPPED_BYTES  # malloc's, in 4 us instead of 13 with the caches full of states
+    return torch.empty_like(x) if small else room(x.shape, x.dtype, x.device)
+
+
 @functools.lru_cache(maxsize=64)
 def _owner(size: int) -> type:
     """Return the type of what a tensor's storage holds until its end: a window on memory, which then is left.

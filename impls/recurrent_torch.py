@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from impls.checks import bounds_of, wants_gradient
 from impls.choice import recurrent_torch_config, recurrent_torch_launch
 from impls.compiler_cpu import can_compile, compiled
 from impls.configs import RecurrentTorchConfig
-from impls.pages import room
+from impls.pages import like, room
 from impls.registration import in_full_precision, register, register_raw, unobserved
 from impls.sequences import CHANNEL_MULTIPLE, Runs, by_token, flat, runs_of, scatter
 from impls.states import States
@@ -77,7 +78,7 @@ def step(S0: torch.Tensor, S: torch.Tensor, q, k, v, g, beta, out: torch.Tensor)
     torch.bmm(q, S, out=out)
 
 
-def step_in_two_passes(S0: torch.Tensor, S: torch.Tensor, q, k, v, g, beta, out: torch.Tensor, scale, normed):
+def step_in_two_passes(scale, normed, S0: torch.Tensor, S: torch.Tensor, q, k, v, g, beta, out: torch.Tensor):
     """Do the same for the compiler, with out times scale [] and, where normed [], with k and q over their lengths.
 
     One pass reads the states for k and q, and one writes them: S^T q is (alpha S0)^T q + (q . k) delta. Sums go over
@@ -107,10 +108,22 @@ def _compiled_steps(
         lying = (M, V, K) if turned else (M, K, V)
         states = [torch.zeros(lying, dtype=dtype) for _ in range(2)]
         states = [x.mT for x in states] if turned else states
-        shapes = [(M, 1, K), (M, 1, K), (M, 1, V), (M, 1, K), (M, 1, 1), (M, 1, V), ()]
-        inputs = [*states, *(torch.zeros(shape, dtype=dtype) for shape in shapes), torch.tensor(False)]
-        steps.append((M, compiled(step_in_two_passes, inputs, unchecked=True)))
+        shapes = (M, 1, K), (M, 1, K), (M, 1, V), (M, 1, K), (M, 1, 1), (M, 1, V)
+        factors = torch.zeros((), dtype=dtype), torch.tensor(False)
+        inputs = [*factors, *states, *(torch.zeros(shape, dtype=dtype) for shape in shapes)]
+        steps.append((M, compiled(step_in_two_passes, inputs)))
     return tuple(steps)
+
+
+def _steps_for(
+    K: int, V: int, dtype: torch.dtype, threads: int, turned: bool, scale: float, normed: bool
+) -> list[tuple[int, Step]]:
+    """Return the compiled steps in the parameters of `step`.
+
+    They look at nothing but elements, so that tensors may have any shapes with the same elements in the same order.
+    """
+    factors = torch.tensor(scale, dtype=dtype), torch.tensor(normed)
+    return [(lanes, partial(take, *factors)) for lanes, take in _compiled_steps(K, V, dtype, threads, turned)]
 
 
 @functools.lru_cache(maxsize=256)
@@ -119,20 +132,19 @@ def _stepper(K: int, V: int, dtype: torch.dtype, threads: int, turned: bool, sca
 
     Those of LANES[0] states may have any shapes, with the same elements in the same order.
     """
-    steps = _compiled_steps(K, V, dtype, threads, turned)
-    factors = torch.tensor(scale, dtype=dtype), torch.tensor(normed)
+    steps = _steps_for(K, V, dtype, threads, turned, scale, normed)
 
     def step_in_parts(S0, S, *rows) -> None:
         if S0.dtype != S.dtype or S0.stride() != S.stride():
             S0 = S.copy_(S0)
         assert all(x.is_contiguous() and x.dtype is dtype for x in rows), "what is compiled looks at elements alone"
         if S.numel() == LANES[0] * K * V:
-            steps[0][1](S0, S, *rows, *factors)  # 18 us less than by slices
+            steps[0][1](S0, S, *rows)  # 18 us less than by slices
             return
         whole, first = (S0, S, *rows), 0
-        for lanes, compiled_step in steps:
+        for lanes, take in steps:
             while len(S) - first >= lanes:
-                compiled_step(*(x[first : first + lanes] for x in whole), *factors)
+                take(*(x[first : first + lanes] for x in whole))
                 first += lanes
 
     return step_in_parts
@@ -185,7 +197,6 @@ def _decode(S0: torch.Tensor, S: torch.Tensor, inputs, normed: bool, scale: floa
 
 
 _decode_in_full = in_full_precision(_decode)
-_CONTIGUOUS = torch.Tensor.is_contiguous
 
 
 def _group_size(S: torch.Tensor) -> int:
@@ -264,23 +275,28 @@ class _OneMore:
     """
 
     def __init__(self, config: RecurrentTorchConfig | None, q, k, v, g, beta, keywords: dict[str, object]):
-        settled = checked(q, k, v, g, beta, chunk_size=1, **keywords)
+        settled, S0 = checked(q, k, v, g, beta, chunk_size=1, **keywords), keywords["initial_state"]
         self.config, self.call, self.dtype = config, replace(settled, **dict.fromkeys(again.NAMED)), compute_dtype(v)
         self.shape = (*v.shape[:1], v.shape[2], q.shape[3], v.shape[3])
-        heads, dtypes = {x.shape[2] for x in (q, k, v)}, {x.dtype for x in (q, k, v, g, beta)}
-        self.at_once = v.shape[0] * v.shape[2] == LANES[0] and len(heads) == 1 and dtypes == {self.dtype}
+        self.raw = settled.gate != "none" or settled.sigmoid != "none"
+        fits = q.shape[2] == v.shape[2] and not settled.state_v_first and self.shape[0] * self.shape[1] == LANES[0]
+        alike = all(x.dtype is self.dtype and x.is_contiguous() for x in (q, k, v, g, beta, S0))
+        self.at_once = fits and alike
+        asked = False, settled.scale, settled.l2norm
+        self.step_for = functools.cache(lambda threads: _steps_for(*self.shape[2:], self.dtype, threads, *asked)[0][1])
 
     def __call__(self, q, k, v, g, beta, initial_state, A_log, dt_bias):
-        call, S = self.call, room(self.shape, self.dtype, v.device)
-        g, beta = _activated(g, beta, A_log, dt_bias, call.lower_bound, call.gate, call.sigmoid, self.dtype)
-        S0, inputs = initial_state.mT if call.state_v_first else initial_state, (q, k, v, g, beta)
-        take = step_of(self._compiles(q, v), S, call.scale, call.l2norm)
-        if self.at_once and take is not step and S0.dtype is S.dtype and all(map(_CONTIGUOUS, (*inputs, S0))):
-            o = torch.empty_like(v)  # no views: 20 us of 240
-            take(S0, S, *inputs, o)
-        else:
-            decode = _decode_in_full if take is step else _decode
-            o = decode(S0.flatten(0, 1), S.flatten(0, 1), inputs, call.l2norm, call.scale, take)
+        call = self.call
+        if self.raw:
+            g, beta = _activated(g, beta, A_log, dt_bias, call.lower_bound, call.gate, call.sigmoid, self.dtype)
+        compile = self._compiles(q, v) and can_compile()
+        if self.at_once and compile:
+            o, S = torch.empty_like(v), like(initial_state)
+            self.step_for(torch.get_num_threads())(initial_state, S, q, k, v, g, beta, o)
+            return o, S if call.output_final_state else None
+        S0, S = initial_state.mT if call.state_v_first else initial_state, room(self.shape, self.dtype, v.device)
+        take, decode = step_of(compile, S, call.scale, call.l2norm), _decode if compile else _decode_in_full
+        o = decode(S0.flatten(0, 1), S.flatten(0, 1), (q, k, v, g, beta), call.l2norm, call.scale, take)
         S = value_first(S) if call.state_v_first else S
         return o, S if call.output_final_state else None
 

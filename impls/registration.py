@@ -164,10 +164,11 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 """The types of arguments that have no behaviour of their own."""
 
 
-def unwatched() -> bool:
-    """Tell whether torch does no more in this thread than call kernels: it neither compiles nor traces nor profiles.
+def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Tell whether nobody would see a call of an op without gradients but us, so that its function may be called.
 
-    Tangents of forward mode are carried along without gradients, too.
+    Not so where torch compiles, traces, transforms or profiles in this thread, for tensors of other classes, and for
+    views that negate what lies in memory. Tangents of forward mode are carried along without gradients, too.
     """
     return (
         not torch.compiler.is_compiling()
@@ -177,15 +178,8 @@ def unwatched() -> bool:
         and torch._C._get_tracing_state() is None
         and torch.autograd.forward_ad._current_level < 0
         and not torch.autograd._profiler_enabled()
+        and all(type(x) in PLAIN and (x is None or not x.is_neg()) for x in tensors)
     )
-
-
-def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Tell whether nobody would see a call of an op without gradients but us, so that its function may be called.
-
-    Not so under modes and transforms, for tensors of other classes, and for views that negate what lies in memory.
-    """
-    return unwatched() and all(type(x) in PLAIN and (x is None or not x.is_neg()) for x in tensors)
 
 
 library = torch.library.Library("kda_forge", "FRAGMENT")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from impls import again, fused_recurrent_kda, kda
 from impls.configs import RecurrentTorchConfig
@@ -154,3 +156,49 @@ def test_no_more_signatures_than_a_few_are_remembered(draw, draw_state, monkeypa
         run = step(draw, draw_state, {}, B)
         assert same(run(), run())
     assert len(again._plans) == 2
+    inputs, S0 = draw(1, 1, H, H, K, V), draw_state(1, H, K, V)
+    expected = fused_recurrent_kda(*inputs, initial_state=S0)
+    for n in range(2 * again._ALIKE):
+        lying = torch.empty(1, H, K, V + n)[..., :V].copy_(S0)
+        assert same(fused_recurrent_kda(*inputs, initial_state=lying), expected)
+    assert max(map(len, again._plans.values())) == again._ALIKE
+
+
+@pytest.mark.parametrize("twice", [(0, 1), (1, 3)])
+def test_one_tensor_given_twice_has_the_bits_of_two(draw, draw_state, twice):
+    inputs, S0 = [*draw(1, 1, H, H, K, V)], draw_state(1, H, K, V)
+    first, second = twice
+    inputs[second] = inputs[first]
+    apart = [x.clone() for x in inputs]
+    expected = fused_recurrent_kda(*apart, initial_state=S0)
+    for _ in range(2):
+        assert same(fused_recurrent_kda(*inputs, initial_state=S0), expected)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, partial(torch.autocast, "cpu"), partial(FlopCounterMode, display=False)]
+)
+def test_modes_come_and_go_between_calls(draw, draw_state, mode):
+    run = step(draw, draw_state, {"output_final_state": True}, decode=NAMED[0])
+    expected = run()
+    for _ in range(2):
+        with mode():
+            assert same(run(), expected)
+        assert same(run(), expected)
+
+
+def test_who_watches_sees_the_op_behind_calls_that_nobody_watched(draw, draw_state):
+    run, seen = step(draw, draw_state, {}), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    run(), run()
+    with Watch():
+        run()
+    with torch.profiler.profile() as profile:
+        run()
+    assert any("kda_forge::recurrent_torch" in x.key for x in profile.key_averages())
+    assert any("kda_forge.recurrent_torch" in x for x in seen)
