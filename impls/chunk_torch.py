@@ -82,6 +82,7 @@ def _compiled(
     shapes = [(lanes, C, C)] * 2 + [(lanes, 2 * C, K), (lanes, C, K), (lanes, K)]
     inputs = [torch.zeros(shape, dtype=dtype) for shape in (*shapes, (), (lanes, K, V))]
     inputs[5:5] = [torch.zeros(lanes, C, V, dtype=values) for _ in range(2)]
+    # of products there is most to build: the C++ compiler is at it while Inductor prepares what takes Inductor longest
     over, over_first = (compiled(function, inputs, products) for function in (over_chunk, over_first_chunk))
     return compiled(partial(within_chunks, group=group), tokens), over, over_first
 
@@ -102,7 +103,7 @@ class _Walk:
             shape = self.slots, self.lanes, config.chunk_size
             self.fetched = [i for i in range(len(tokens)) if activations[i] is None]
             rows = [tokens[i] for i in self.fetched]
-            self.fetch = Fetch(rows, o.shape[1], shape, self.dtype, KEPT, NORMED, normed)
+            self.fetch = Fetch(rows, o.shape[1], shape, self.dtype, KEPT, NORMED if normed else ())
             functions = _compiled(*shape, config.group, K, V, self.dtype, o.dtype, torch.get_num_threads())
             self.within, self.over, self.over_first = functions
 

@@ -23,14 +23,12 @@ class Fetch:
     """Bring in blocks [slots * lanes, C, channels'] of some tensors, as `schedule.gather` does without activations.
 
     tensors: q, k, v or g [B * T, H or HV, channels], or beta [B * T, HV]. dtype: of what is brought in, but of tensors
-    at `kept`, which keep theirs. norms: the places of those that `l2norm` divides in some calls: where `normed`. Both
-    kinds of calls are compiled for at once.
+    at `kept`, which keep theirs. normed: the places of those that `l2norm` divides.
     """
 
     def __init__(
-        self, tensors: Sequence[torch.Tensor], HV: int, shape: tuple[int, int, int], dtype, kept=(), norms=(),
-        normed: bool = False,
-    ):  # fmt: skip
+        self, tensors: Sequence[torch.Tensor], HV: int, shape: tuple[int, int, int], dtype, kept=(), normed=()
+    ):
         slots, lanes, C = self.shape = shape
         widths = [padded(x.shape[2]) if x.ndim == 3 else 1 for x in tensors]
         tensors = [_together(x if x.ndim == 3 else x.unsqueeze(-1)) for x in tensors]
@@ -38,8 +36,7 @@ class Fetch:
         self.memory = [*(torch.tensor(x.stride(0)) for x in tensors), *map(_rows, tensors)]
         dtypes = [x.dtype if i in kept else dtype for i, x in enumerate(tensors)]
         kinds = [(x.shape[2], widths[i], x.dtype, dtypes[i]) for i, x in enumerate(tensors)]
-        functions = [_compiled(tuple(kinds), which, slots * lanes, C, torch.get_num_threads()) for which in ((), norms)]
-        self.fetched = functions[normed]
+        self.fetched = _compiled(tuple(kinds), normed, slots * lanes, C, torch.get_num_threads())
 
     def __call__(self, block: Sequence[Span]) -> list[torch.Tensor]:
         """Return the tokens of a block [slots * lanes, C, channels'], zero where there are none."""
