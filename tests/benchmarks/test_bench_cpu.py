@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -54,11 +55,13 @@ def ours(case: Case, name: str, config):
 
 
 def here(case: Case) -> dict[str, Callable]:
-    """Return the calls that run beside ours in this process: ours uncompiled, ours token by token, a step's peer."""
+    """Return what runs beside ours in this process: ours uncompiled, token by token, in float32; a step's peer."""
     name = "recurrent_torch" if case.T == 1 else "chunk_torch"
     calls = {f"{name}, uncompiled": ours(case, name, EAGER[name])}
     if case.T > 1:
         calls["recurrent_torch"] = ours(case, "recurrent_torch", CONFIGS["recurrent_torch"])
+        if case.dtype != "float32":  # which 16 bits have to beat, in common rounds
+            calls[f"{name}, float32"] = ours(replace(case, dtype="float32"), name, CONFIGS[name])
     elif (peer := called(case, case.peer)) is not None:
         calls[f"{case.peer}, in our process"] = peer
     return calls
