@@ -244,13 +244,12 @@ def kda(
     config without a name and for inputs that nothing supports, with every reason, and what the implementation raises:
     there is no fallback from the one that was named.
     """
+    if unknown := keywords.keys() - KEYWORDS:
+        raise TypeError(f"kda() got an unexpected keyword argument {min(unknown)!r}")
     if implementation == "recurrent_torch" or implementation is None and config is None:
         tensors = q, k, v, g, beta, *map(keywords.get, again.NAMED)
         if (known := again.known(tensors, config, again.options(keywords))) is not None:
             return known(*tensors)
-    for name in keywords:
-        if name not in KEYWORDS:
-            raise TypeError(f"kda() got an unexpected keyword argument {name!r}")
     keywords = _settled(**keywords)
     if implementation is not None:
         return find(implementation).call(q, k, v, g, beta, config=config, **keywords)

@@ -57,7 +57,7 @@ def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> to
 
 
 def like(x: torch.Tensor) -> torch.Tensor:
-    """Return the `room` for as much as x, contiguous and on a CPU, in its shape and dtype."""
+    """Return the `room` for as much as x, which is contiguous and on a CPU, in its shape and dtype."""
     small = x.nbytes < MAPPED_BYTES  # malloc's, in 4 us instead of 13 with the caches full of states
     return torch.empty_like(x) if small else room(x.shape, x.dtype, x.device)
 

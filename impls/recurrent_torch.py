@@ -282,8 +282,8 @@ class _OneMore:
         fits = q.shape[2] == v.shape[2] and not settled.state_v_first and self.shape[0] * self.shape[1] == LANES[0]
         alike = all(x.dtype is self.dtype and x.is_contiguous() for x in (q, k, v, g, beta, S0))
         self.at_once = fits and alike
-        asked = False, settled.scale, settled.l2norm
-        self.step_for = functools.cache(lambda threads: _steps_for(*self.shape[2:], self.dtype, threads, *asked)[0][1])
+        before, behind = (*self.shape[2:], self.dtype), (False, settled.scale, settled.l2norm)
+        self.step_for = functools.cache(lambda threads: _steps_for(*before, threads, *behind)[0][1])
 
     def __call__(self, q, k, v, g, beta, initial_state, A_log, dt_bias):
         call = self.call

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -97,6 +98,7 @@ def test_other_layouts_of_memory_have_the_same_bits(draw, draw_state):
         ({"cu_seqlens": torch.tensor([0, 1])}, ValueError, "batch size B = 1"),
         ({"cu_seqlens": False}, TypeError, "cu_seqlens must be"),
         ({"state_v_first": True, "transpose_state_layout": False}, ValueError, "got both"),
+        ({"intial_state": None}, TypeError, "unexpected keyword argument 'intial_state'"),
     ],
 )
 def test_a_mistake_is_told_behind_calls_without(draw, draw_state, wrong, error, message):
@@ -104,6 +106,15 @@ def test_a_mistake_is_told_behind_calls_without(draw, draw_state, wrong, error, 
     run(), run()
     with pytest.raises(error, match=message):
         run(**wrong)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_missing_tensor_is_named_behind_calls_with_it(draw, draw_state, place):
+    inputs, S0 = [*draw(1, 1, H, H, K, V)], draw_state(1, H, K, V)
+    kda(*inputs, initial_state=S0), kda(*inputs, initial_state=S0)
+    inputs[place] = None
+    with pytest.raises(TypeError, match=f"{('q', 'k', 'v', 'g', 'beta')[place]} must be a torch.Tensor, got NoneType"):
+        kda(*inputs, initial_state=S0)
 
 
 def test_a_configuration_and_the_environment_are_looked_at_every_time(draw, draw_state, monkeypatch):
@@ -200,5 +211,13 @@ def test_who_watches_sees_the_op_behind_calls_that_nobody_watched(draw, draw_sta
         run()
     with torch.profiler.profile() as profile:
         run()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        o, _ = run()
     assert any("kda_forge::recurrent_torch" in x.key for x in profile.key_averages())
-    assert any("kda_forge.recurrent_torch" in x for x in seen)
+    assert any("kda_forge.recurrent_torch" in x for x in seen) and isinstance(o, FakeTensor)
+
+
+def test_calls_with_gradients_enabled_are_not_remembered(draw, draw_state):
+    run = step(draw, draw_state, {})
+    with torch.enable_grad():
+        assert same(run(), run()) and not again._plans

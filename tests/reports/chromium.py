@@ -44,14 +44,16 @@ class Browser:
 
     def __enter__(self) -> "Browser":
         for left in reversed(range(STARTS)):
+            self._start()
             try:
-                return self._started()
+                self._attach()
+                return self
             except BaseException as error:
                 self.__exit__()
                 if not left or not isinstance(error, (AssertionError, BrokenPipeError)):
                     raise
 
-    def _started(self) -> "Browser":
+    def _start(self) -> None:
         self._numbers, self._unread, self._session = itertools.count(1), b"", None
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._said = Path(self._profile.name, "stderr")
@@ -64,11 +66,12 @@ class Browser:
         )
         os.close(commands)
         os.close(answers)
+
+    def _attach(self) -> None:
         page = self.ask("Target.createTarget", url="about:blank", patience=START)["targetId"]
         self._session = self.ask("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
-        return self
 
     def __exit__(self, *error) -> None:
         with contextlib.suppress(ProcessLookupError):
