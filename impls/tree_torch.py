@@ -10,10 +10,10 @@ token j up to token i,
 
     A_ij = q_i . (D_ij * k_j), j <= i           L_ij = k_i . (D_ij * k_j), j < i
 
-are sums over key channels, for one distance i - j of all groups after the other, and X = (I + diag(beta) L)^-1 comes
-row by row. Then groups are merged two by two: for token i in the late and j in the early half the decay between them
-is before_i after_j, so one product per level adds to A and L, and the corner of X is -X1 L X0. Decays are never
-divided: any gate is safe, -inf too, and no bit of a row hangs on what follows it.
+are sums over key channels, for one distance i - j of all groups after the other, and X = (I + diag(beta) L)^-1 takes
+row after row out of those behind it. Then groups are merged two by two: for token i in the late and j in the early half
+the decay between them is before_i after_j, so one product per level adds to A and L, and the corner of X is -X1 L X0.
+Decays are never divided: any gate is safe, -inf too, and no bit of a row hangs on what follows it.
 """
 
 import torch
@@ -97,13 +97,12 @@ def merged(before, after, total, s: int) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def group_inverse(L: torch.Tensor) -> torch.Tensor:
-    """Return (I + L)^-1 of strictly lower L [M, G, G], row after row: X_i = e_i - sum_(j < i) L_ij X_j."""
+    """Return (I + L)^-1 of strictly lower L [M, G, G]: X_i = e_i - sum_(j < i) L_ij X_j, one j after the other."""
     M, G, _ = L.shape
-    rows = list(torch.eye(G, dtype=L.dtype, device=L.device).unsqueeze(1).expand(G, M, G))
-    for i in range(G):
-        for j in range(i):
-            rows[i] = rows[i] - L[:, i, j, None] * rows[j]
-    return torch.stack(rows, 1)
+    X = torch.eye(G, dtype=L.dtype, device=L.device).expand(M, G, G)
+    for j in range(G - 1):
+        X = X - L[:, :, j, None] * X[:, None, j]
+    return X
 
 
 def _joined(A, L, beta, corners) -> tuple[torch.Tensor, torch.Tensor]:
