@@ -3,7 +3,8 @@
 Where matrix products decide, Inductor's own template multiplies instead of the library. On AMD's CPUs the library keeps
 to AVX2: 180 GFLOP/s on two cores for [16, 64, 128] @ [16, 128, 128] in float32, of 490 that AVX-512 allows. The
 template reaches 141 in its tiles of 8 x 32 sums, because gcc 12 writes an array of more than 12 registers back to
-memory at every step, and 423 in tiles of 6 x 32.
+memory at every step, and 423 in tiles of 6 x 32. Without AVX-512 (Zen 3) the library reaches 129 to 144, and the
+template 170 in tiles of 6 x 16; 78 to 161 in 4 x 16, 5 x 16, 8 x 8 and 3 x 32.
 """
 
 import contextlib
@@ -13,13 +14,14 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from unittest.mock import patch
 
 import torch
 
 from impls.pages import keep_freed_memory
 
-TILE = (6, 32, 1)
-"""Rows, columns and depth of the sums that the template keeps in registers."""
+TILES = {"VecAVX512": (6, 32, 1), "VecAVX2": (6, 16, 1)}
+"""Rows, columns and depth of the sums that the template keeps in registers, for the vectors of the processor."""
 
 _ANY_ROWS = {"assert_indirect_indexing": False, "max_fusion_size": 1}
 
@@ -73,7 +75,7 @@ def compiled(
     def results(*tensors):
         return () if (found := function(*tensors)) is None else found
 
-    tag = f"{torch.compiler.config.cache_key_tag} kda {TILE} {torch.get_num_threads()}"  # what the cache's key lacks
+    tag = f"{torch.compiler.config.cache_key_tag} kda {TILES} {torch.get_num_threads()}"  # what the cache's key lacks
     template = _template() if products else contextlib.nullcontext(_ANY_ROWS if rows else {})
     cache = torch.compiler.config.patch(cache_key_tag=tag)
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)  # without an environment nothing is cached
@@ -84,7 +86,7 @@ def compiled(
         inputs = [fakes.from_tensor(x) for x in inputs]
         with fakes:
             graph = make_fx(functionalize(results, remove="mutations"), decompositions)(*inputs)
-        with inductor.patch({"size_asserts": False, **patches}), tracing(TracingContext(fakes)), _expanding():
+        with inductor.patch({"size_asserts": False, **patches}), tracing(TracingContext(fakes)), _hurried():
             run = compile_fx_inner(graph, inputs).current_callable
 
     def call(*tensors):
@@ -99,17 +101,25 @@ def compiled(
 
 
 @contextlib.contextmanager
-def _expanding() -> Iterator[None]:
-    """Have Inductor expand indices where it looks for strides: simplifying takes 3 of 7 s, for the same code."""
+def _hurried() -> Iterator[None]:
+    """Have Inductor do once what it does again and again, for the same code.
+
+    It simplifies indices to find strides in them, which expanding does too (3 of 7 s of Python), and compiles the same
+    few texts of its template 238 times and parses the same expressions 532 times (3.2 of 4.1 s).
+    """
     import sympy
     from torch._inductor import sizevars
+    from torch._inductor.codegen import cpp_template_kernel as kernels
+    from torch._inductor.codegen.common import KernelTemplate
 
-    usual = sizevars.sympy
-    sizevars.sympy = types.SimpleNamespace(**vars(sympy) | {"simplify": sympy.expand})
-    try:
+    expanding = types.SimpleNamespace(**vars(sympy) | {"simplify": sympy.expand})
+    from_string = staticmethod(functools.cache(KernelTemplate._template_from_string))
+    with (
+        patch.object(sizevars, "sympy", expanding),
+        patch.object(KernelTemplate, "_template_from_string", from_string),
+        patch.object(kernels, "parse_expr", functools.cache(kernels.parse_expr)),
+    ):
         yield
-    finally:
-        sizevars.sympy = usual
 
 
 @contextlib.contextmanager
@@ -125,11 +135,8 @@ def _unawaited() -> Iterator[list[Callable[[], None]]]:
         else:
             wait(self, scope)
 
-    AsyncCompile.wait = postponed
-    try:
+    with patch.object(AsyncCompile, "wait", postponed):
         yield awaited
-    finally:
-        AsyncCompile.wait = wait
 
 
 def _baddbmm(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -145,19 +152,16 @@ _DECOMPOSITIONS = {
 
 @contextlib.contextmanager
 def _template() -> Iterator[dict[str, object]]:
-    """Yield what makes Inductor multiply in its template, in our tiles; nothing where that is not for AVX-512."""
+    """Yield what makes Inductor multiply in its template, in our tiles; nothing where we have none."""
     importlib.import_module("torch._inductor.lowering")  # or the next import is circular
+    from torch._inductor import cpu_vec_isa
     from torch._inductor.codegen import cpp_micro_gemm as template
-    from torch._inductor.cpu_vec_isa import VecAVX512, pick_vec_isa
 
-    if not isinstance(pick_vec_isa(), VecAVX512):
+    vectors = [getattr(cpu_vec_isa, name) for name in TILES]
+    vectors = next((kind for kind in vectors if isinstance(cpu_vec_isa.pick_vec_isa(), kind)), None)
+    if vectors is None:
         yield {}
         return
-    tiles = template.generate_gemm_config(VecAVX512, [TILE], input_dtype=torch.float32)
-    configs, kind = template.micro_gemm_configs, template.CppMicroGemmFP32Vec
-    usual = configs[kind]
-    configs[kind] = tiles
-    try:
+    tiles = template.generate_gemm_config(vectors, [TILES[vectors.__name__]], input_dtype=torch.float32)
+    with patch.dict(template.micro_gemm_configs, {template.CppMicroGemmFP32Vec: tiles}):
         yield {"max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP"}
-    finally:
-        configs[kind] = usual
