@@ -164,7 +164,7 @@ def _stepwise(inputs, normed: bool, initial_state, cu_seqlens, scale, output_fin
     S0, S = states.open(runs)
     alone = runs.longest == 1 and runs.adjacent and S.shape[1:] == (K, V) and not state_interval
     config = recurrent_torch_config(tuple(launch), inputs[0], inputs[2], cu_seqlens)
-    take = step_of(config.compile and T > 0, S, *((scale, normed) if alone else (1.0, False)))
+    take = step_of(config.compile and T > 0, S, scale, normed)
     if alone:
         o = _decode(S0, S, inputs, normed, scale, take)
     else:
@@ -176,8 +176,7 @@ def _stepwise(inputs, normed: bool, initial_state, cu_seqlens, scale, output_fin
 def _decode(S0: torch.Tensor, S: torch.Tensor, inputs, normed: bool, scale: float, take: Step) -> torch.Tensor:
     """Take states S0 [M, K, V] over the only token of their sequences into S, and return o in the shape of v.
 
-    There is nothing to gather, pad or scatter: 60 us less than `_walk`, of 230 for one sequence of 32 heads. Compiled
-    steps norm and scale.
+    There is nothing to gather, pad or scatter: 60 us less than `_walk`, of 230 for one sequence of 32 heads.
     """
     v, M, HV = inputs[2], len(S), inputs[2].shape[2]
     inputs = [x if x.shape[2] == HV else x.repeat_interleave(HV // x.shape[2], 2) for x in inputs]
@@ -207,19 +206,20 @@ def _group_size(S: torch.Tensor) -> int:
 def _walk(
     inputs, normed: bool, S0: torch.Tensor, S: torch.Tensor, states: States, runs: Runs, scale: float, take: Step
 ):
-    """Take states S0 [N * HV, K', V'] over all tokens into S, and return o."""
+    """Take states S0 [N * HV, K', V'] over all tokens into S, and return o. Compiled steps norm and scale."""
     HV, K, dtype, o = inputs[2].shape[2], inputs[0].shape[3], S.dtype, inputs[2].new_empty(inputs[2].shape)
     tokens, heads, block = [flat(x) for x in inputs], slice(0, HV), math.gcd(BLOCK_TOKENS, states.interval)
     for first in range(0, runs.longest, block):
         L, n = min(block, runs.longest - first), runs.running(first)
         states.keep(S, runs, first, heads)
         blocks = [by_token(x, runs, first, L, heads, HV, dtype) for x in tokens]
-        if normed:
+        if normed and take is step:
             l2norm_(blocks[0][..., :K]), l2norm_(blocks[1][..., :K])
         rows = [x.view(L, n * HV, 1, x.shape[3]) for x in blocks]
         out = torch.empty_like(rows[2])
         _over(S if first else S0, S, [runs.running(first + t) * HV for t in range(L)], rows, out, take)
-        scatter(flat(o), out.mul_(scale).view(L, n, HV, -1).transpose(0, 1), runs, first, heads)
+        out = out.mul_(scale) if take is step else out
+        scatter(flat(o), out.view(L, n, HV, -1).transpose(0, 1), runs, first, heads)
     return o
 
 

@@ -110,12 +110,15 @@ def test_threads_change_no_number_beyond_rounding(draw, name, which):
         assert (x - y).abs().max() <= 2e-6 * y.abs().max()
 
 
-def test_a_compiled_step_cut_anywhere_is_bit_equal(draw, draw_state):
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_compiled_step_cut_anywhere_is_bit_equal(draw, draw_state, normed):
+    """Norms and the scale come into prefill as into a decode step, whose lengths divide sums."""
+    asked = {"use_qk_l2norm_in_kernel": normed, "scale": 0.3}
     inputs, S0 = draw(2, 9, 3, 3, K, V, resets=True), draw_state(2, 3, K, V)
-    o, S = run("recurrent_torch", inputs, initial_state=S0)
+    o, S = run("recurrent_torch", inputs, initial_state=S0, **asked)
     for t in (1, 4, 8):
-        first, between = run("recurrent_torch", [x[:, :t] for x in inputs], initial_state=S0)
-        second, last = run("recurrent_torch", [x[:, t:] for x in inputs], initial_state=between)
+        first, between = run("recurrent_torch", [x[:, :t] for x in inputs], initial_state=S0, **asked)
+        second, last = run("recurrent_torch", [x[:, t:] for x in inputs], initial_state=between, **asked)
         assert_same((torch.cat([first, second], 1), last), (o, S))
 
 
