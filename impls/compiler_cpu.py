@@ -10,6 +10,7 @@ template 170 in tiles of 6 x 16; 78 to 161 in 4 x 16, 5 x 16, 8 x 8 and 3 x 32.
 import contextlib
 import functools
 import importlib
+import sys
 import threading
 import types
 import warnings
@@ -66,6 +67,7 @@ def compiled(
     from torch._guards import TracingContext, tracing
     from torch._inductor import config as inductor
     from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses import FakeTensorMode
     from torch.func import functionalize
@@ -75,7 +77,8 @@ def compiled(
     def results(*tensors):
         return () if (found := function(*tensors)) is None else found
 
-    tag = f"{torch.compiler.config.cache_key_tag} kda {TILES} {torch.get_num_threads()}"  # what the cache's key lacks
+    what_the_key_lacks = "kda", TILES, pick_vec_isa(), torch.get_num_threads()
+    tag = " ".join(map(str, (torch.compiler.config.cache_key_tag, *what_the_key_lacks)))
     template = _template() if products else contextlib.nullcontext(_ANY_ROWS if rows else {})
     cache = torch.compiler.config.patch(cache_key_tag=tag)
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)  # without an environment nothing is cached
@@ -102,22 +105,21 @@ def compiled(
 
 @contextlib.contextmanager
 def _hurried() -> Iterator[None]:
-    """Have Inductor do once what it does again and again, for the same code.
+    """Have Inductor, in all threads, find the same code with less work.
 
-    It simplifies indices to find strides in them, which expanding does too (3 of 7 s of Python), and compiles the same
-    few texts of its template 238 times and parses the same expressions 532 times (3.2 of 4.1 s).
+    It simplifies indices to find strides in them, which expanding does too (3 of 7 s of Python), compiles the same few
+    texts of its template 119 times and parses the same expressions 266 times (1.3 of 1.7 s for `over_chunk`).
     """
     import sympy
-    from torch._inductor import sizevars
-    from torch._inductor.codegen import cpp_template_kernel as kernels
+    from torch._inductor.codegen import cpp, cpp_template_kernel
     from torch._inductor.codegen.common import KernelTemplate
 
     expanding = types.SimpleNamespace(**vars(sympy) | {"simplify": sympy.expand})
     from_string = staticmethod(functools.cache(KernelTemplate._template_from_string))
     with (
-        patch.object(sizevars, "sympy", expanding),
+        patch.object(sys.modules[cpp.stride_at_vec_range.__module__], "sympy", expanding),
         patch.object(KernelTemplate, "_template_from_string", from_string),
-        patch.object(kernels, "parse_expr", functools.cache(kernels.parse_expr)),
+        patch.object(cpp_template_kernel, "parse_expr", functools.cache(cpp_template_kernel.parse_expr)),
     ):
         yield
 
@@ -157,11 +159,16 @@ def _template() -> Iterator[dict[str, object]]:
     from torch._inductor import cpu_vec_isa
     from torch._inductor.codegen import cpp_micro_gemm as template
 
-    vectors = [getattr(cpu_vec_isa, name) for name in TILES]
-    vectors = next((kind for kind in vectors if isinstance(cpu_vec_isa.pick_vec_isa(), kind)), None)
+    here = cpu_vec_isa.pick_vec_isa()
+    vectors = next((kind for name in TILES if isinstance(here, kind := getattr(cpu_vec_isa, name))), None)
     if vectors is None:
         yield {}
         return
     tiles = template.generate_gemm_config(vectors, [TILES[vectors.__name__]], input_dtype=torch.float32)
-    with patch.dict(template.micro_gemm_configs, {template.CppMicroGemmFP32Vec: tiles}):
+    configs, kind = template.micro_gemm_configs, template.CppMicroGemmFP32Vec
+    usual = configs[kind]
+    configs[kind] = tiles
+    try:
         yield {"max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP"}
+    finally:
+        configs[kind] = usual

@@ -97,7 +97,10 @@ def merged(before, after, total, s: int) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def group_inverse(L: torch.Tensor) -> torch.Tensor:
-    """Return (I + L)^-1 of strictly lower L [M, G, G]: X_i = e_i - sum_(j < i) L_ij X_j, one j after the other."""
+    """Return (I + L)^-1 of strictly lower L [M, G, G]: X_i = e_i - sum_(j < i) L_ij X_j, one j after the other.
+
+    As in a product, what is not finite in a row passes to all of its group.
+    """
     M, G, _ = L.shape
     X = torch.eye(G, dtype=L.dtype, device=L.device).expand(M, G, G)
     for j in range(G - 1):

@@ -184,6 +184,19 @@ def test_threads_that_call_first_wait_for_the_compiler(monkeypatch, tmp_path):
     assert_same(found, [x * n + n for n in (3, 5)] * 4)
 
 
+def test_what_is_compiled_for_other_vectors_is_not_taken_out_of_the_cache(monkeypatch, tmp_path):
+    """A processor with AVX-512 and one without may share a folder: code for the one gave the other half of the sums."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.ones(64)
+    for capability, finds in (("avx2", 0), ("avx2", 1), ("default", 0)):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        counters.clear()
+        assert torch.equal(compiled(lambda x: (x * 3 + 1,), [x])(x)[0], 3 * x + 1)
+        assert counters["inductor"]["fxgraph_cache_hit"] == finds
+
+
 def test_what_the_compiler_refuses_fails_at_every_call(monkeypatch, tmp_path):
     from torch._inductor import codecache
 
