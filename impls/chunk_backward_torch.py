@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from impls.activations import compute_dtype
 from impls.checks import bounds_of
 from impls.choice import chunk_torch_config
-from impls.compiler_cpu import can_compile, compiled
+from impls.compiler_cpu import TILES, can_compile, compiled
 from impls.fetch_torch import Fetch
 from impls.pages import room
 from impls.schedule import Span, blocks, gather, scatter
@@ -137,7 +137,7 @@ def _compiled(slots: int, lanes: int, C: int, K: int, V: int, dtype: torch.dtype
     def zeros(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
         return [torch.zeros(shape, dtype=dtype) for shape in shapes]
 
-    R, fast = slots * lanes, dtype == torch.float32
+    R, tiles = slots * lanes, TILES if dtype == torch.float32 else None
     per_token = [(R, C, K)] * 3
     rows, square, state, values = (lanes, 2 * C, K), (lanes, C, C), (lanes, K, V), (lanes, C, V)
     decayed = (lanes, C, K), (lanes, K)
@@ -149,8 +149,8 @@ def _compiled(slots: int, lanes: int, C: int, K: int, V: int, dtype: torch.dtype
     of_within = zeros(*per_token, (R, 2 * C, C), (R, 2 * C, K), (R, C, K), (R, K))
     return _Functions(
         compiled(recomputed, zeros(*per_token, (R, C, 1))),
-        compiled(advance, of_advance, products=fast),
-        compiled(functools.partial(retreat, dense=True), of_retreat, products=fast),
+        compiled(advance, of_advance, tiles),
+        compiled(functools.partial(retreat, dense=True), of_retreat, tiles),
         compiled(value_gradients, of_values),
         compiled(within_gradients, of_within),
     )

@@ -21,7 +21,7 @@ from impls.call import call_activated, call_raw, value_first
 from impls.checks import bounds_of, wants_gradient
 from impls.choice import chunk_torch_config, chunk_torch_launch
 from impls.chunk_backward_torch import adjoint
-from impls.compiler_cpu import can_compile, compiled
+from impls.compiler_cpu import TILES, can_compile, compiled
 from impls.configs import ChunkTorchConfig
 from impls.fetch_torch import Fetch
 from impls.pages import keep_freed_memory, room
@@ -77,13 +77,13 @@ def _compiled(
 
     values: the dtype of v and o.
     """
-    R, products = slots * lanes, dtype == torch.float32
+    R, tiles = slots * lanes, TILES if dtype == torch.float32 else None
     tokens = [torch.zeros(R, C, channels, dtype=dtype) for channels in (K, K, K, 1)]
     shapes = [(lanes, C, C)] * 2 + [(lanes, 2 * C, K), (lanes, C, K), (lanes, K)]
     inputs = [torch.zeros(shape, dtype=dtype) for shape in (*shapes, (), (lanes, K, V))]
     inputs[5:5] = [torch.zeros(lanes, C, V, dtype=values) for _ in range(2)]
     # of products there is most to build: the C++ compiler is at it while Inductor prepares what takes Inductor longest
-    over, over_first = (compiled(function, inputs, products) for function in (over_chunk, over_first_chunk))
+    over, over_first = (compiled(function, inputs, tiles) for function in (over_chunk, over_first_chunk))
     return compiled(partial(within_chunks, group=group), tokens), over, over_first
 
 

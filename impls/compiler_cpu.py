@@ -4,7 +4,8 @@ Where matrix products decide, Inductor's own template multiplies instead of the 
 to AVX2: 180 GFLOP/s on two cores for [16, 64, 128] @ [16, 128, 128] in float32, of 490 that AVX-512 allows. The
 template reaches 141 in its tiles of 8 x 32 sums, because gcc 12 writes an array of more than 12 registers back to
 memory at every step, and 423 in tiles of 6 x 32. Without AVX-512 (Zen 3) the library reaches 129 to 144, and the
-template 170 in tiles of 6 x 16; 78 to 161 in 4 x 16, 5 x 16, 8 x 8 and 3 x 32.
+template 170 in tiles of 6 x 16; 78 to 161 in 4 x 16, 5 x 16, 8 x 8 and 3 x 32. Two rows times the states of a decode
+step are bound by memory, and want whole lines of it: tiles of 2 x 32.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from unittest.mock import patch
 
 import torch
@@ -23,6 +24,8 @@ from impls.pages import keep_freed_memory
 
 TILES = {"VecAVX512": (6, 32, 1), "VecAVX2": (6, 16, 1)}
 """Rows, columns and depth of the sums that the template keeps in registers, for the vectors of the processor."""
+ROW_TILES = {"VecAVX512": (2, 64, 1), "VecAVX2": (2, 32, 1)}
+"""The same for products of two rows: four vectors of columns."""
 
 _ANY_ROWS = {"assert_indirect_indexing": False, "max_fusion_size": 1}
 
@@ -46,11 +49,12 @@ def can_compile() -> bool:
 def compiled(
     function: Callable,
     inputs: Sequence[torch.Tensor],
-    products: bool = False,
+    tiles: Mapping[str, tuple[int, int, int]] | None = None,
     rows: bool = False,
 ) -> Callable:
-    """Compile a function of tensors for the shapes, strides and dtypes of `inputs`; products: in the template.
+    """Compile a function of tensors for the shapes, strides and dtypes of `inputs`.
 
+    tiles: what the template is to multiply in, where the processor has such vectors; None: the library multiplies.
     rows: it takes rows out of tensors of any size, whose elements it then finds by their strides alone, and works on
     tensor by tensor: from four at once memory gives 9 GB/s instead of 13.
 
@@ -77,13 +81,13 @@ def compiled(
     def results(*tensors):
         return () if (found := function(*tensors)) is None else found
 
-    what_the_key_lacks = "kda", TILES, pick_vec_isa(), torch.get_num_threads()
+    what_the_key_lacks = "kda", tiles, pick_vec_isa(), torch.get_num_threads()
     tag = " ".join(map(str, (torch.compiler.config.cache_key_tag, *what_the_key_lacks)))
-    template = _template() if products else contextlib.nullcontext(_ANY_ROWS if rows else {})
+    template = _template(tiles) if tiles else contextlib.nullcontext(_ANY_ROWS if rows else {})
     cache = torch.compiler.config.patch(cache_key_tag=tag)
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)  # without an environment nothing is cached
     with _compiling, cache, torch.inference_mode(False), torch.no_grad(), template as patches, _unawaited() as awaited:
-        decompositions = select_decomp_table() | (_DECOMPOSITIONS if products and patches else {})
+        decompositions = select_decomp_table() | (_DECOMPOSITIONS if tiles and patches else {})
         # a tensor made in inference mode may not be modified outside it, not even where only its shape is looked at
         inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if x.is_inference() else x for x in inputs]
         inputs = [fakes.from_tensor(x) for x in inputs]
@@ -152,23 +156,28 @@ _DECOMPOSITIONS = {
 }
 
 
-@contextlib.contextmanager
-def _template() -> Iterator[dict[str, object]]:
-    """Yield what makes Inductor multiply in its template, in our tiles; nothing where we have none."""
+def vectors(tiles: Mapping[str, tuple[int, int, int]]) -> type | None:
+    """Return the kind of the processor's vectors, None where there are no tiles for it."""
     importlib.import_module("torch._inductor.lowering")  # or the next import is circular
     from torch._inductor import cpu_vec_isa
-    from torch._inductor.codegen import cpp_micro_gemm as template
 
     here = cpu_vec_isa.pick_vec_isa()
-    vectors = next((kind for name in TILES if isinstance(here, kind := getattr(cpu_vec_isa, name))), None)
-    if vectors is None:
+    return next((kind for name in tiles if isinstance(here, kind := getattr(cpu_vec_isa, name))), None)
+
+
+@contextlib.contextmanager
+def _template(tiles: Mapping[str, tuple[int, int, int]]) -> Iterator[dict[str, object]]:
+    """Yield what makes Inductor multiply in its template, in these tiles; nothing where we have none."""
+    if (kind := vectors(tiles)) is None:
         yield {}
         return
-    tiles = template.generate_gemm_config(vectors, [TILES[vectors.__name__]], input_dtype=torch.float32)
-    configs, kind = template.micro_gemm_configs, template.CppMicroGemmFP32Vec
-    usual = configs[kind]
-    configs[kind] = tiles
+    from torch._inductor.codegen import cpp_micro_gemm as template
+
+    ours = template.generate_gemm_config(kind, [tiles[kind.__name__]], input_dtype=torch.float32)
+    configs, products = template.micro_gemm_configs, template.CppMicroGemmFP32Vec
+    usual = configs[products]
+    configs[products] = ours
     try:
         yield {"max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP"}
     finally:
-        configs[kind] = usual
+        configs[products] = usual
