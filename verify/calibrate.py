@@ -15,10 +15,13 @@ written to limits.json before all are there, and with --dry-run not even then.
 import argparse
 import json
 import math
+import os
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from multiprocessing import parent_process
 from pathlib import Path
 
 from rich.console import Console
@@ -65,13 +68,15 @@ def main(argv: list[str], console: Console) -> int:
     for name in args.targets:
         if not own(name):
             raise UsageError(f"unknown implementation {name}{meant(name, RIGHT)}; expected some of {', '.join(RIGHT)}")
+    for name in ("examples", "workers"):
+        if (given := getattr(args, name)) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {given}")
     header = begins(args.seed)
     done = _stored(args.store, header)
     jobs = [job for job in _jobs(args) if _name(job) not in {block["job"] for block in done}]
     console.print(f"{len(done)} blocks of {BLOCK} recipes done, {len(jobs)} to do", soft_wrap=True)
-    with args.store.open("w") as stream, ProcessPoolExecutor(args.workers) as pool:
-        stream.writelines(json.dumps(x) + "\n" for x in (header, *done))
-        stream.flush()
+    _store(args.store, [header, *done])
+    with args.store.open("a") as stream, ProcessPoolExecutor(args.workers, initializer=_end_with_the_parent) as pool:
         pending = {pool.submit(_block, job): job for job in jobs}
         try:
             for i, future in enumerate(as_completed(pending), 1):
@@ -145,6 +150,23 @@ def _stored(path: Path, header: dict) -> list[dict]:
         unlike = ", ".join(name for name in header if found[0].get(name) != header[name])
         raise UsageError(f"--store {path} holds another calibration (other {unlike}): name another file")
     return found[1:]
+
+
+def _store(path: Path, lines: list[dict]) -> None:
+    """Have a store hold these lines, by one step: until then it holds what it held."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    new.replace(path)
+
+
+def _end_with_the_parent() -> None:
+    """End this process when the one that began it does, by a signal that it cannot hear of, too."""
+
+    def end() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _jobs(args: argparse.Namespace) -> list[tuple]:

@@ -89,7 +89,7 @@ def _joined(shards: list[list[dict]]) -> list[dict]:
 
 
 def diff(argv: list[str], console: Console) -> int:
-    """Compare two files of records; returns 1 where the newer one is worse: a property fails, a target is gone."""
+    """Compare two files of records; returns 1 where the newer is worse: a property fails, it or a target is gone."""
     parser = argparse.ArgumentParser(prog="python -m verify diff", description=diff.__doc__.splitlines()[0])
     parser.add_argument("old", metavar="OLD", type=Path)
     parser.add_argument("new", metavar="NEW", type=Path)
@@ -107,7 +107,7 @@ def diff(argv: list[str], console: Console) -> int:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    worse = [row for row in rows if row[4] in ("FAILS", "GONE", "WORSE CODE")]
+    worse = [row for row in rows if row[4] in ("FAILS", "GONE", "NOT ASKED", "WORSE CODE")]
     console.print(f"{len(worse)} regressions, {len(rows) - len(worse)} other differences")
     return session.FAILED if worse else session.PASS
 
@@ -133,7 +133,7 @@ def _changes(target: str, old: dict, new: dict, more: float) -> list[tuple[str, 
 
 def _change(a: session.Cell | None, b: session.Cell | None, more: float) -> str | None:
     if a is None or b is None:
-        return "not asked any more" if b is None else "FAILS" if b.ratio > 1 else "new"
+        return "NOT ASKED" if b is None else "FAILS" if b.ratio > 1 else "new"
     if (a.ratio > 1) != (b.ratio > 1):
         return "FAILS" if b.ratio > 1 else "passes now"
     return "larger error" if b.ratio <= 1 and b.ratio - a.ratio > more else None

@@ -16,6 +16,7 @@ from impls.contracts import PrecisionContract
 from impls.table import IMPLEMENTATIONS
 from verify import calibrate, sources, yardstick
 from verify.calibrate import MARGIN, OTHER_CHUNKS, SHARPEST
+from verify.choice import UsageError
 from verify.limits import FILE, START, limits_for, load
 from verify.properties import PROPERTIES
 from verify.recipes import DTYPES, drawn, recipes
@@ -114,6 +115,29 @@ def test_a_calibration_goes_on_behind_its_last_whole_block_and_writes_nothing_wh
     other = calibrated(store, "--seed", "2")
     assert "holds another calibration (other seed)" in other.stderr
     assert FILE.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--workers", "--examples"])
+def test_a_number_that_is_none_leaves_a_store_as_it_is(option, tmp_path):
+    store = tmp_path / "store.jsonl"
+    store.write_text(f"{json.dumps(calibrate.begins(1))}\n{json.dumps({'job': 'some', 'kinds': {}})}\n")
+    before = store.read_bytes()
+    with pytest.raises(UsageError, match=f"{option} must be at least 1, got 0"):
+        calibrate.main(["--store", str(store), option, "0"], Console())
+    assert store.read_bytes() == before
+
+
+def test_the_workers_of_a_calibration_end_with_a_parent_that_is_killed(tmp_path):
+    """They hold its standard output, which ends with the last of them."""
+    program = (
+        "import os, signal; from concurrent.futures import ProcessPoolExecutor; from verify import calibrate\n"
+        "with ProcessPoolExecutor(2, initializer=calibrate._end_with_the_parent) as pool:\n"
+        "    assert all(pool.submit(signal.pause) for _ in range(2)) and len(pool._processes) == 2\n"
+        "    print('working', flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout) == (-9, "working\n"), run.stderr
 
 
 def test_limits_are_no_part_of_what_a_stored_calibration_was_measured_by():

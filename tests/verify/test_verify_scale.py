@@ -117,6 +117,11 @@ def test_diff_tells_what_is_worse(in_process, whole, tmp_path, capsys):
     run("diff", worse, whole)
     assert "passes now" in capsys.readouterr().out
     run("diff", whole, tmp_path / "nowhere", code=session.USAGE)
+    for line in (x for x in lines if x["kind"] == "case"):
+        del line["results"]["causality"]
+    worse.write_text("".join(map(records.line, lines)))
+    run("diff", whole, worse, code=session.FAILED)
+    assert "NOT ASKED" in capsys.readouterr().out
 
 
 def test_a_cluster_of_two_workers_judges_the_same_cases(whole, tmp_path, monkeypatch):
