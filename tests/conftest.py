@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 _cache = tempfile.TemporaryDirectory()
@@ -25,7 +25,8 @@ if importlib.util.find_spec("torch"):
 
     torch.set_num_threads(1)
 
-settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+_clocks = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("deterministic", derandomize=True, database=None, **_clocks)
 settings.load_profile("deterministic")
 
 
