@@ -1,6 +1,7 @@
 """Compiled blocks and steps: one compilation whatever the call, the claims kept bit for bit, any number of threads."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -173,6 +174,23 @@ def test_what_is_compiled_first_in_inference_mode_is_the_same(draw, draw_state, 
         cache.cache_clear()
     with torch.inference_mode():
         assert_same(run(name, inputs, initial_state=S0), expected)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_call_may_come_out_of_a_compiled_graph(draw, name, trains):
+    """AOTAutograd watches the first run of a graph in a mode in which nothing can be traced."""
+
+    def results(call, inputs):
+        leaves = [x.clone().requires_grad_(trains) for x in inputs]
+        found = call(leaves)
+        return [*found, *torch.autograd.grad(sum(x.sum() for x in found), leaves)] if trains else found
+
+    inputs = draw(1, 37, 2, 2, K, V)
+    expected = results(partial(run, name), inputs)
+    for cache in (CACHES[name], fetch_torch._compiled, chunk_backward_torch._compiled):
+        cache.cache_clear()
+    assert_same(results(torch.compile(partial(run, name), backend="aot_eager"), inputs), expected)
 
 
 def test_threads_that_call_first_wait_for_the_compiler(monkeypatch, tmp_path):
