@@ -5,7 +5,7 @@ to AVX2: 180 GFLOP/s on two cores for [16, 64, 128] @ [16, 128, 128] in float32,
 template reaches 141 in its tiles of 8 x 32 sums, because gcc 12 writes an array of more than 12 registers back to
 memory at every step, and 423 in tiles of 6 x 32. Without AVX-512 (Zen 3) the library reaches 129 to 144, and the
 template 170 in tiles of 6 x 16; 78 to 161 in 4 x 16, 5 x 16, 8 x 8 and 3 x 32. Two rows times the states of a decode
-step are bound by memory, and want whole lines of it: tiles of 2 x 32.
+step are bound by memory, and want whole lines of it: ROW_TILES.
 """
 
 import contextlib
@@ -17,12 +17,13 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from unittest.mock import patch
 
 import torch
 
 from impls.pages import keep_freed_memory
+from impls.threads import exactly
 
 TILES = {"VecAVX512": (6, 32, 1), "VecAVX2": (6, 16, 1)}
 """Rows, columns and depth of the sums that the template keeps in registers, for the vectors of the processor."""
@@ -49,7 +50,7 @@ def can_compile() -> bool:
 
 
 def _in_a_thread(function: Callable) -> Callable:
-    """Return a function that runs in a thread of its own, with as many of torch's threads as the caller has.
+    """Return a function that runs alone, in a thread of its own, with as many of torch's threads as the caller has.
 
     Nothing can be traced where dispatch keys are excluded, and inside of a graph's first call they are: torch.compile
     watches whether a custom op returns what it was given.
@@ -57,9 +58,17 @@ def _in_a_thread(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*arguments, **keywords):
-        context, threads = contextvars.copy_context(), torch.get_num_threads()
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as thread:
-            return thread.submit(context.run, function, *arguments, **keywords).result()
+        context, threads, found = contextvars.copy_context(), torch.get_num_threads(), Future()
+
+        def work():
+            try:
+                with _compiling, exactly(threads):  # a new thread has the process's number
+                    found.set_result(context.run(function, *arguments, **keywords))
+            except BaseException as error:
+                found.set_exception(error)
+
+        threading.Thread(target=work).start()
+        return found.result()
 
     return run
 
@@ -105,7 +114,7 @@ def compiled(
     template = _template(tiles) if tiles else contextlib.nullcontext(_ANY_ROWS if rows else {})
     cache = torch.compiler.config.patch(cache_key_tag=tag)
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)  # without an environment nothing is cached
-    with _compiling, cache, torch.inference_mode(False), torch.no_grad(), template as patches, _unawaited() as awaited:
+    with cache, torch.inference_mode(False), torch.no_grad(), template as patches, _unawaited() as awaited:
         decompositions = select_decomp_table() | (_DECOMPOSITIONS if tiles and patches else {})
         # a tensor made in inference mode may not be modified outside it, not even where only its shape is looked at
         inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if x.is_inference() else x for x in inputs]

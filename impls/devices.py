@@ -24,10 +24,7 @@ def slug(name: str) -> str:
 
 
 def _processor() -> str:
-    """Return the model's name and its vectors: virtual machines call processors with and without AVX-512 the same."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    name = next(names, None) or platform.processor() or platform.machine()
-    vectors = torch.backends.cpu.get_cpu_capability()
-    return f"{name} ({vectors})" if vectors.startswith("AVX") else name
+    return next(names, None) or platform.processor() or platform.machine()

@@ -81,7 +81,7 @@ def step(S0: torch.Tensor, S: torch.Tensor, q, k, v, g, beta, out: torch.Tensor)
 def step_in_two_passes(products, scale, normed, S0: torch.Tensor, S: torch.Tensor, q, k, v, g, beta, out: torch.Tensor):
     """Do the same for the compiler, with out times scale [] and, where normed [], with k and q over their lengths.
 
-    One pass reads the states for k and q, and one writes them: S^T q is (alpha S0)^T q + (q . k) delta. Where S is S0,
+    One pass reads the states for k and q, another writes them: S^T q is (alpha S0)^T q + (q . k) delta. Where S is S0,
     each element is read before it is written. The lengths divide sums and not rows: it costs no pass over them.
     products: read by a product of two rows, in float32 and for vectors that ROW_TILES has, or by sums.
     """
@@ -104,7 +104,7 @@ def _product_of(k, q, alpha, S0: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 def _sums_of(k, q, alpha, S0: torch.Tensor) -> list[torch.Tensor]:
-    """Return the same.
+    """Return what `_product_of` does, for states of other dtypes and strides, and without vectors.
 
     Sums go over ROWS rows at a time: column by column through all of a state's rows the caches see too many streams,
     2.3 ms for 33.5 MB of states instead of 1.9. The products of alpha and S0 here and where the states are written are

@@ -1,4 +1,4 @@
-"""Bound the threads that torch takes for one call."""
+"""Set the threads that torch takes for one call."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ import torch
 
 
 @contextlib.contextmanager
-def at_most(threads: int) -> Iterator[None]:
-    """Run what follows with so many of torch's threads at most, 0 for all of them, and give the rest back."""
+def exactly(threads: int) -> Iterator[None]:
+    """Run what follows with so many of torch's threads, and give back what there was."""
     before = torch.get_num_threads()
-    if not 0 < threads < before:
+    if threads == before:
         yield
         return
     torch.set_num_threads(threads)
@@ -18,3 +18,9 @@ def at_most(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def at_most(threads: int) -> contextlib.AbstractContextManager[None]:
+    """Run what follows with so many of torch's threads at most, 0 for all of them, and give the rest back."""
+    before = torch.get_num_threads()
+    return exactly(min(threads, before) if threads > 0 else before)

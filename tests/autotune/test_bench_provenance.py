@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autotune import provenance, store
-from impls.devices import named, slug
+from impls.devices import slug
 
 
 def valid_device(described: dict) -> None:
@@ -20,15 +20,6 @@ def test_a_cpu_is_described():
     described = provenance.described("cpu")
     valid_device(described)
     assert described["name"] and described["threads"] == torch.get_num_threads() and described["driver"] is None
-
-
-def test_processors_of_one_model_name_are_told_apart_by_their_vectors(monkeypatch):
-    """Baselines of one with AVX-512 called five rows of one without it a regression."""
-    names = []
-    for vectors in ("AVX512", "AVX2", "DEFAULT"):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda vectors=vectors: vectors)
-        names.append(named.__wrapped__("cpu")["name"])
-    assert names[:2] == [f"{names[2]} (AVX512)", f"{names[2]} (AVX2)"]
 
 
 @pytest.mark.parametrize(("answer", "driver"), [("580.159.04\n580.159.04\n", "580.159.04"), (None, None)])

@@ -202,6 +202,19 @@ def test_threads_that_call_first_wait_for_the_compiler(monkeypatch, tmp_path):
     assert_same(found, [x * n + n for n in (3, 5)] * 4)
 
 
+def test_compiling_leaves_the_threads_of_others_alone():
+    """torch.set_num_threads sets a thread's own number and the process's, which threads to come begin with."""
+    x, before = torch.ones(64), torch.get_num_threads()
+    with ThreadPoolExecutor(1) as another:
+        another.submit(torch.set_num_threads, before + 1).result()
+    try:
+        assert torch.equal(compiled(lambda x: (x * 9 + 1,), [x])(x)[0], 9 * x + 1)
+        with ThreadPoolExecutor(1) as fresh:
+            assert fresh.submit(torch.get_num_threads).result() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_is_compiled_for_other_vectors_is_not_taken_out_of_the_cache(monkeypatch, tmp_path):
     """A processor with AVX-512 and one without may share a folder: code for the one gave the other half of the sums."""
     from torch._dynamo.utils import counters
