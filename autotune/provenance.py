@@ -46,6 +46,7 @@ def described(device: str) -> dict:
             "units": os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
         }
     properties = torch.cuda.get_device_properties(device)
     return {

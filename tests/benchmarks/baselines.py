@@ -97,7 +97,10 @@ def _figures(now: Row, before: Row) -> tuple[tuple[Spread, Spread], bool, str]:
 
 @dataclass
 class Baseline:
-    """The figures that a machine is held to: a file per device and number of threads."""
+    """The figures that a machine is held to: a file per device, kind of vectors and number of threads.
+
+    Virtual machines call processors with and without AVX-512 the same.
+    """
 
     path: Path
     rows: dict[str, Row] = field(default_factory=dict)
@@ -106,7 +109,8 @@ class Baseline:
     @staticmethod
     def of(folder: Path, device: dict) -> "Baseline":
         """Read the baseline of a device from a folder; an empty one where there is none."""
-        path = folder / f"baseline-{slug(device['name'])}-{device['units']}-cores-{device['threads']}-threads.json"
+        name = slug(f"{device['name']} {device.get('capability', '')}")
+        path = folder / f"baseline-{name}-{device['units']}-cores-{device['threads']}-threads.json"
         data = json.loads(path.read_text()) if path.exists() else {"rows": []}
         return Baseline(path, {x["name"]: Row.from_json(x) for x in data["rows"]}, data)
 

@@ -99,7 +99,8 @@ def test_a_baseline_keeps_what_it_does_not_know_and_nothing_else_unless_it_is_se
     assert kept.rows[ROWS[0].name] == ROWS[0] and kept.rows[ROWS[2].name] == slower[2]
     kept.take(slower, about, True)
     assert Baseline.of(tmp_path, device()).rows[ROWS[0].name] == slower[0]
-    assert Baseline.of(tmp_path, device() | {"threads": 1}).rows == {}
+    for other in ({"threads": 1}, {"capability": "AVX2"}):
+        assert Baseline.of(tmp_path, device() | other).rows == {}
     [result] = load.read([kept.path])
     assert result.kind == "benchmarks"
 
