@@ -6,14 +6,13 @@ A file may come from anybody: it is checked before anything is computed, and not
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jsonschema
 import numpy as np
 
 from impls.table import NAMED
-from kda_spec.recurrent import recurrent
 from verify.adapters import registered
 from verify.cases import Case
 from verify.families import materialise
@@ -21,7 +20,7 @@ from verify.peers import PEERS
 from verify.properties import PROPERTIES
 from verify.recipes import Recipe, from_json, words
 from verify.records import DEFINITIONS, INFINITE, SCHEMA, versions
-from verify.yardstick import activated
+from verify.yardstick import activated, exact_of
 
 SCRIPT_ELEMENTS = 4096
 """Cases with more elements than this get no script: it would hold pages of numbers, and shrinking has failed anyway."""
@@ -132,25 +131,32 @@ arguments = {{
 }}
 # the float64 definition of the unchanged case
 expected = {{
-    "o": tensor({o_shape}, torch.float64, {o}),
-    "final_state": tensor({S_shape}, torch.float64, {S}),
+{expected}
 }}
 
 if __name__ == "__main__":
-    kernel = {kernel}
+    kernel = {kernel}{leaves}
     positional = [arguments.pop(x) for x in ("q", "k", "v", "g", "beta")]
     returned = kernel(*positional, **arguments)
-    results = returned if isinstance(returned, tuple) else (returned,)
+    results = returned if isinstance(returned, tuple) else (returned,){gradients}
     for (what, right), x in zip(expected.items(), results):
         print(what)
         if not isinstance(x, torch.Tensor):
             print("  got     ", x)
             continue
-        x, right = x.double().cpu(), right.cpu()
+        x, right = x.detach().double().cpu(), right.cpu()
         print("  got     ", x.flatten().tolist())
         print("  expected", right.flatten().tolist())
         print("  largest difference", (x - right).abs().max().item() if x.numel() else 0.0)
-'''
+{more}'''
+
+_LEAVES = """
+    leaves = [x.requires_grad_() for x in arguments.values() if torch.is_tensor(x) and x.is_floating_point()]"""
+_GRADIENTS = """
+    starts = [x.to(y.dtype) for x, y in zip(({}), results)]
+    results += torch.autograd.grad(results, leaves, starts, allow_unused=True)"""
+_MORE = """    print({!r})
+"""
 
 
 def script(failure: dict, case: Case, adapter: str | None = None) -> str:
@@ -159,7 +165,8 @@ def script(failure: dict, case: Case, adapter: str | None = None) -> str:
     It needs torch and the target; in Triton's interpreter this package too, for the mended bfloat16.
     """
     recipe: Recipe = from_json(failure["recipe"])
-    exact = recurrent(activated(case).inputs())
+    asked = failure["property"].removesuffix(INFINITE)
+    backward = asked == "reference_backward"
     target, ours = failure["target"], any(impl.name == failure["target"] for impl in NAMED)
     assert TARGET.fullmatch(target)
     module, function, chosen = _called(target, ours, adapter)
@@ -182,11 +189,33 @@ def script(failure: dict, case: Case, adapter: str | None = None) -> str:
         unwrap="from inspect import unwrap\n" if unwrapped else "",
         load=_LOAD if adapter else "",
         arguments="\n".join((*chosen, *_arguments(case, place))),
-        o_shape=exact.o.shape,
-        o=_values(exact.o),
-        S_shape=exact.final_state.shape,
-        S=_values(exact.final_state),
+        expected="\n".join(_expected(case, backward)),
+        leaves=_LEAVES if backward else "",
+        gradients=_GRADIENTS.format(", ".join(_starts(case))) if backward else "",
+        more="" if asked in ("reference_forward", "reference_backward") else _MORE.format(_not_shown(target, asked)),
     )
+
+
+def _not_shown(target: str, asked: str) -> str:
+    how = f"python -m verify {target} --replay"
+    return f"{asked} asks for more than this call: `{how}` and the name of the .json beside this show it"
+
+
+def _expected(case: Case, backward: bool) -> Iterator[str]:
+    """Yield the lines of what the definition says, in the order in which the script finds it."""
+    inner, names = activated(case), {"S": "final_state", "dS0": "dinitial_state"}
+    exact, _ = exact_of(case, inner.inputs(), inner, backward)
+    if case.S0 is None:
+        exact.pop("dS0", None)
+    for name, x in exact.items():
+        shape = case.activation.dt_bias.shape if name == "ddt_bias" else x.shape
+        yield f'    "{names.get(name, name)}": tensor({shape}, torch.float64, {_values(x)}),'
+
+
+def _starts(case: Case) -> Iterator[str]:
+    """Yield what makes do and dS, from which a backward starts."""
+    for x, dtype in ((case.do, case.dtype), (case.dS, case.state_dtype)):
+        yield f"tensor({x.shape}, torch.{dtype}, {_values(x)})"
 
 
 _REPAIR = """

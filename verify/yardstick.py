@@ -104,7 +104,7 @@ def _measure(case: Case, contract: PrecisionContract, backward: bool) -> Yardsti
     inner = activated(case)
     inputs = inner.inputs()
     rounding = Rounding.of(contract)
-    exact, gradients_of = _exact(case, inputs, inner, backward)
+    exact, gradients_of = exact_of(case, inputs, inner, backward)
     runs = [_simulate(inner, inputs, rounding, C) for C in (1, 16, 64)[: 3 if case.T > 16 else 2]]
     floors, never = _floors(inner, inputs, contract, backward)
     if backward:
@@ -133,7 +133,7 @@ def dtype_of(case: Case, name: str) -> str:
     return case.gate_dtype if name in ("dg", "dbeta") else case.dtype
 
 
-def _exact(
+def exact_of(
     case: Case, inputs: Inputs, inner: Case, backward: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     outputs = recurrent(inputs)

@@ -90,6 +90,29 @@ def test_the_script_shows_what_is_no_pair_of_tensors(tmp_path, capsys, kernel, s
     assert shown in capsys.readouterr().out
 
 
+RAW = {"activation": "softplus", "sigmoid": "sigmoid", "l2norm": True, "state": True}
+
+
+@pytest.mark.parametrize("how", [{}, {"B": 2, "state": True}, RAW, {"lengths": (2, 3), "T": 5}])
+def test_the_script_of_a_wrong_gradient_shows_every_gradient(tmp_path, capsys, how):
+    recipe = Recipe(**{"T": 5, "K": 3, "V": 4} | how)
+    made = {"recipe": recipe.to_json(), "inputs": materialise(recipe).digest(), "property": "reference_backward"}
+    exec(made_script(tmp_path, target="chunk_torch", **made), {"__name__": "__main__"})
+    shown = capsys.readouterr().out.splitlines()
+    names = ["o", "final_state", "dq", "dk", "dv", "dg", "dbeta"]
+    names += ["dinitial_state"] * recipe.state + ["dA_log", "ddt_bias"] * (recipe.activation == "softplus")
+    assert [x for x in shown if x[0] != " "] == names
+    differences = [float(x.split()[-1]) for x in shown if "largest difference" in x]
+    assert len(differences) == len(names) and max(differences) < 1e-4
+
+
+def test_a_script_says_where_one_call_does_not_show_the_failure(tmp_path, capsys):
+    exec(made_script(tmp_path, target="chunk_torch", property="gated_deltanet"), {"__name__": "__main__"})
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("gated_deltanet asks for more than this call: `python -m verify chunk_torch --replay`")
+    assert "asks for more" not in made_script(tmp_path, target="chunk_torch", property="reference_forward")
+
+
 HOSTILE = [
     '"""\nimport os',
     "\r\nraise SystemExit",
