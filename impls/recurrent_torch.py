@@ -203,7 +203,7 @@ def _decode(S0: torch.Tensor, S: torch.Tensor, inputs, normed: bool, scale: floa
             l2norm_(qk)
         inputs[:2] = qk
     rows = [x.to(S.dtype).contiguous().view(M, 1, -1) for x in inputs]
-    size, out = _group_size(S), torch.empty_like(rows[2])
+    size, out = _group_size(S, take), torch.empty_like(rows[2])
     whole = (S0, S, *rows, out)
     for group in [whole] if size >= M else zip(*(x.split(size) for x in whole), strict=True):
         take(*group)
@@ -215,9 +215,9 @@ def _decode(S0: torch.Tensor, S: torch.Tensor, inputs, normed: bool, scale: floa
 _decode_in_full = in_full_precision(_decode)
 
 
-def _group_size(S: torch.Tensor) -> int:
-    """Return how many states of S [.., K, V] are worked on together."""
-    return max(1, GROUP_ELEMENTS // (S.shape[1] * S.shape[2]))
+def _group_size(S: torch.Tensor, take: Step) -> int:
+    """Return how many states of S [.., K, V] are worked on together; as many as compiled steps take without a slice."""
+    return max(1, GROUP_ELEMENTS // (S.shape[1] * S.shape[2])) if take is step else LANES[0]
 
 
 def _walk(
@@ -245,7 +245,7 @@ def _over(S0: torch.Tensor, S: torch.Tensor, counts: list[int], rows, out: torch
 
     rows: q, k, v, g, beta [L, counts[0], 1, channels]; out [L, counts[0], 1, V] receives S^T q.
     """
-    size = _group_size(S)
+    size = _group_size(S, take)
     parts = zip(S0.split(size), S.split(size), *(x.split(size, 1) for x in (*rows, out)), strict=False)
     for first, (before, after, *group) in zip(range(0, counts[0], size), parts, strict=False):
         _group_over(before, after, [min(size, count - first) for count in counts], group, take)
