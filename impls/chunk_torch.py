@@ -11,8 +11,9 @@ tokens and heads.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 
 import torch
 
@@ -44,7 +45,7 @@ def chunk_torch(q, k, v, g, beta, *, config=None, chunk_size=None, **keywords):
     return call(to, q, k, v, g, beta, launch=launch, chunk_size=launch[0] or ChunkTorchConfig.chunk_size, **keywords)
 
 
-def over_chunk(A, X, rows, k_after, total, o, v, scale, S) -> None:
+def over_chunk(A, X, rows, k_after_turned, total, o, v, scale, S) -> None:
     """Take the states S [lanes, K, V] over one chunk, and write scale S^T q into o [lanes, C, V].
 
     A to total: what `within_chunks` returned; v [lanes, C, V] of any dtype, scale [].
@@ -53,20 +54,23 @@ def over_chunk(A, X, rows, k_after, total, o, v, scale, S) -> None:
     seen = torch.bmm(rows, S)
     delta = torch.bmm(X, v - seen[:, :C])
     torch.mul(torch.baddbmm(seen[:, C:], A, delta), scale, out=o)
-    S.mul_(total.unsqueeze(-1)).baddbmm_(k_after.mT, delta)
+    S.mul_(total.unsqueeze(-1)).baddbmm_(k_after_turned, delta)
 
 
-def over_first_chunk(A, X, rows, k_after, total, o, v, scale, S) -> None:
+def over_first_chunk(A, X, rows, k_after_turned, total, o, v, scale, S) -> None:
     """Do the same where zeros enter, without reading S, rows and total."""
     delta = torch.bmm(X, v.to(X.dtype))
     torch.mul(torch.bmm(A, delta), scale, out=o)
-    torch.bmm(k_after.mT.contiguous(), delta, out=S)
+    torch.bmm(k_after_turned, delta, out=S)
 
 
 NORMED = 0, 1
 """Which of q, k, v, g and beta are normed."""
 KEPT = (2,)
 """Which of them are only read once, and keep their dtype in a block."""
+
+LOOKED_UP = 16
+"""Blocks whose tokens are looked up at a time."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -79,7 +83,7 @@ def _compiled(
     """
     R, tiles = slots * lanes, TILES if dtype == torch.float32 else None
     tokens = [torch.zeros(R, C, channels, dtype=dtype) for channels in (K, K, K, 1)]
-    shapes = [(lanes, C, C)] * 2 + [(lanes, 2 * C, K), (lanes, C, K), (lanes, K)]
+    shapes = [(lanes, C, C)] * 2 + [(lanes, 2 * C, K), (lanes, K, C), (lanes, K)]
     inputs = [torch.zeros(shape, dtype=dtype) for shape in (*shapes, (), (lanes, K, V))]
     inputs[5:5] = [torch.zeros(lanes, C, V, dtype=values) for _ in range(2)]
     # of products there is most to build: the C++ compiler is at it while Inductor prepares what takes Inductor longest
@@ -107,13 +111,19 @@ class _Walk:
             functions = _compiled(*shape, config.group, K, V, self.dtype, o.dtype, torch.get_num_threads())
             self.within, self.over, self.over_first = functions
 
-    def block(self, spans: Sequence[Span]) -> None:
-        """Write o of the chunks of a block, and the states behind them."""
+    def run(self, blocks: Iterator[list[Span]]) -> None:
+        """Write o of all blocks, and the states behind them."""
+        while some := list(islice(blocks, LOOKED_UP)):
+            for spans, place in zip(some, self.fetch.places(some) if self.fixed else some, strict=True):
+                self.block(spans, place)
+
+    def block(self, spans: Sequence[Span], place) -> None:
+        """Write o of the chunks of a block, and the states behind them; place: the block's for `self.fetch`."""
         if self.fixed:
             shape = self.slots, self.lanes, self.config.chunk_size
         else:
             shape = spans[-1].slot + spans[-1].slots, max(span.lanes for span in spans), self.config.chunk_size
-        q, k, v, g, beta = self.brought(spans, shape)
+        q, k, v, g, beta = self.brought(spans, shape, place)
         o = torch.empty_like(v)
         found = (*self.within(q, k, g, beta), o, v)
         chunks = list(zip(*(x.view(*shape[:2], *x.shape[1:]).unbind() for x in found), strict=True))
@@ -121,9 +131,9 @@ class _Walk:
             self.walk(span, chunks[span.slot : span.slot + span.slots])
         scatter(self.o, o.unflatten(0, shape[:2]), spans)
 
-    def brought(self, spans: Sequence[Span], shape: tuple[int, int, int]) -> list[torch.Tensor]:
+    def brought(self, spans: Sequence[Span], shape: tuple[int, int, int], place) -> list[torch.Tensor]:
         """Return the tokens of a block [slots * lanes, C, channels'], activated and normed."""
-        found = dict(zip(self.fetched, self.fetch(spans), strict=True)) if self.fetched else {}
+        found = dict(zip(self.fetched, self.fetch(place), strict=True)) if self.fetched else {}
         for i, x in enumerate(self.tokens):
             if i not in found:
                 dtype = x.dtype if i in KEPT else self.dtype
@@ -165,8 +175,7 @@ def _blockwise(
         keep_freed_memory()
     with at_most(config.threads):
         walk = _Walk([flat(x) for x in tokens], activations, normed, flat(o), states, scale, config)
-        for spans in blocks(runs, HV, config.heads, config.chunk_size, walk.slots):
-            walk.block(spans)
+        walk.run(blocks(runs, HV, config.heads, config.chunk_size, walk.slots))
     return o, states.final if output_final_state else states.final.new_empty(0), states.kept
 
 

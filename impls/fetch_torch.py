@@ -32,34 +32,46 @@ class Fetch:
         slots, lanes, C = self.shape = shape
         widths = [padded(x.shape[2]) if x.ndim == 3 else 1 for x in tensors]
         tensors = [_together(x if x.ndim == 3 else x.unsqueeze(-1)) for x in tensors]
-        self.strides = [(*x.stride()[:2], HV // x.shape[1]) for x in tensors]
+        strides = [(*x.stride()[:2], HV // x.shape[1]) for x in tensors]
+        self.strides = sorted(set(strides))
+        self.begins = [self.strides.index(x) for x in strides]
         self.memory = [*(torch.tensor(x.stride(0)) for x in tensors), *map(_rows, tensors)]
         dtypes = [x.dtype if i in kept else dtype for i, x in enumerate(tensors)]
         kinds = [(x.shape[2], widths[i], x.dtype, dtypes[i]) for i, x in enumerate(tensors)]
         self.fetched = _compiled(tuple(kinds), normed, slots * lanes, C, torch.get_num_threads())
 
-    def __call__(self, block: Sequence[Span]) -> list[torch.Tensor]:
+    def places(self, blocks: Sequence[Sequence[Span]]) -> list[tuple[torch.Tensor, ...]]:
+        """Return what a call takes, for each of some blocks.
+
+        For many at once: between blocks the caches hold tokens, and what takes 17 us in a row takes 110.
+        """
+        tokens, counts, heads = _lanes(blocks, self.shape)
+        begins = (tokens * t + heads // n * h for t, h, n in self.strides)
+        return list(zip(*(torch.from_numpy(x).unbind() for x in (counts, *begins)), strict=True))
+
+    def __call__(self, place: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         """Return the tokens of a block [slots * lanes, C, channels'], zero where there are none."""
-        tokens, counts, heads = _lanes(block, self.shape)
-        begin = {(t, h, n): torch.from_numpy(tokens * t + heads // n * h) for t, h, n in set(self.strides)}
-        return self.fetched(torch.from_numpy(counts), *(begin[x] for x in self.strides), *self.memory)
+        counts, *begins = place
+        return self.fetched(counts, *(begins[i] for i in self.begins), *self.memory)
 
 
-def _lanes(block: Sequence[Span], shape: tuple[int, int, int]) -> np.ndarray:
-    """Return the first token, the number of tokens and the value head of the lanes of a block: [3, slots * lanes].
+def _lanes(blocks: Sequence[Sequence[Span]], shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the first token, the number of tokens and the value head of the lanes of blocks: [3, n, slots * lanes].
 
     Lanes that nobody takes have no token; the first token and the head then are 0.
     """
     slots, lanes, C = shape
-    found = np.zeros((3, slots, lanes), dtype=np.int64)
-    for span in block:
-        runs, heads = span.runs, range(span.heads.start, span.heads.stop)
-        of_lanes = [[start] * len(heads) for start in runs.starts], [[n] * len(heads) for n in runs.lengths]
-        first, count, head = found[:, span.slot : span.slot + span.slots, : span.lanes]
-        passed = (span.first + C * np.arange(span.slots))[:, None]
-        first[:], count[:] = np.array(of_lanes).reshape(2, 1, -1) + [passed, -passed]
-        head[:] = [*heads] * len(runs.order)
-    return found.reshape(3, slots * lanes)
+    found = np.zeros((3, len(blocks), slots, lanes), dtype=np.int64)
+    for i, block in enumerate(blocks):
+        for span in block:
+            heads = np.arange(span.heads.start, span.heads.stop)
+            taken = found[:, i, span.slot : span.slot + span.slots, : span.lanes]
+            first, count, head = taken.reshape(3, span.slots, -1, len(heads))
+            passed = span.first + C * np.arange(span.slots)[:, None, None]
+            first[:] = np.array(span.runs.starts)[:, None] + passed
+            count[:] = np.array(span.runs.lengths)[:, None] - passed
+            head[:] = heads
+    return found.reshape(3, len(blocks), slots * lanes)
 
 
 def _together(x: torch.Tensor) -> torch.Tensor:

@@ -28,8 +28,8 @@ def within_chunks(q, k, g, beta, group: int = GROUP) -> tuple[torch.Tensor, ...]
 
     group: tokens of a group at first, at most C.
 
-    A, X diag(beta) [R, C, C], the rows k before and q before [R, 2C, K], k after [R, C, K] and the decay of the whole
-    chunk [R, K].
+    A, X diag(beta) [R, C, C], the rows k before and q before [R, 2C, K], (k after)^T [R, K, C], turned here for many
+    chunks at once, and the decay of the whole chunk [R, K].
     """
     (_, C, K), beta = q.shape, beta.squeeze(-1)
     q, k, g = (x.reshape(-1, group, K) for x in (q, k, g))
@@ -46,7 +46,8 @@ def within_chunks(q, k, g, beta, group: int = GROUP) -> tuple[torch.Tensor, ...]
         s *= 2
     A, X = _joined(A, L, beta, corners)
     q, k = q.view(-1, C, K), k.view(-1, C, K)
-    return A, X * beta.unsqueeze(1), torch.cat([k * before, q * before], 1), k * after, total.contiguous()
+    rows, k_after_turned = torch.cat([k * before, q * before], 1), (k * after).mT.contiguous()
+    return A, X * beta.unsqueeze(1), rows, k_after_turned, total.contiguous()
 
 
 def group_products(q, k, alpha) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,8 +29,9 @@ def test_what_is_fetched_is_what_is_gathered(dtype):
     rows = [flat(x) for x in tensors(dtype)]
     fetch = Fetch(rows, HV, shape, torch.float32)
     for runs in (runs_of(B, T, None), runs_of(1, B * T, PACKING)):
-        for block in blocks(runs, HV, LANES, C, SLOTS):
-            for x, found in zip(rows, fetch(block), strict=True):
+        listed = list(blocks(runs, HV, LANES, C, SLOTS))
+        for block, place in zip(listed, fetch.places(listed), strict=True):
+            for x, found in zip(rows, fetch(place), strict=True):
                 assert torch.equal(found, gather(x, block, shape, HV, torch.float32, None).flatten(0, 1))
 
 
