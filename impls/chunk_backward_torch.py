@@ -209,7 +209,8 @@ class _Walk:
         S [lanes', K', V'] entered it, or None where it begins with the first token of its runs.
         """
         if self.fetch:
-            tokens = [x.unflatten(0, (self.slots, self.lanes)) for x in self.fetch(*self.fetch.places([spans]))]
+            [(_, place)] = self.fetch.places([spans])
+            tokens = [x.unflatten(0, (self.slots, self.lanes)) for x in self.fetch(place)]
         else:
             tokens = [self.gathered(x, spans) for x in self.tokens[:5]]
         slots, lanes, C, _ = tokens[0].shape

@@ -13,7 +13,7 @@ tokens and heads.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import repeat
 
 import torch
 
@@ -69,9 +69,6 @@ NORMED = 0, 1
 KEPT = (2,)
 """Which of them are only read once, and keep their dtype in a block."""
 
-LOOKED_UP = 16
-"""Blocks whose tokens are looked up at a time."""
-
 
 @functools.lru_cache(maxsize=256)
 def _compiled(
@@ -113,9 +110,8 @@ class _Walk:
 
     def run(self, blocks: Iterator[list[Span]]) -> None:
         """Write o of all blocks, and the states behind them."""
-        while some := list(islice(blocks, LOOKED_UP)):
-            for spans, place in zip(some, self.fetch.places(some) if self.fixed else some, strict=True):
-                self.block(spans, place)
+        for spans, place in self.fetch.places(blocks) if self.fixed else zip(blocks, repeat(None), strict=False):
+            self.block(spans, place)
 
     def block(self, spans: Sequence[Span], place) -> None:
         """Write o of the chunks of a block, and the states behind them; place: the block's for `self.fetch`."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from impls import ChunkTorchConfig, chunk_torch
+from impls import ChunkTorchConfig, chunk_torch, fetch_torch
 from impls.fetch_torch import Fetch
 from impls.schedule import blocks, gather
 from impls.sequences import flat, runs_of
@@ -24,13 +24,16 @@ def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_fetched_is_what_is_gathered(dtype):
+def test_what_is_fetched_is_what_is_gathered(dtype, monkeypatch):
+    monkeypatch.setattr(fetch_torch, "LOOKED_UP", 4)  # fewer than there are blocks
     shape = SLOTS, LANES, C
     rows = [flat(x) for x in tensors(dtype)]
     fetch = Fetch(rows, HV, shape, torch.float32)
     for runs in (runs_of(B, T, None), runs_of(1, B * T, PACKING)):
         listed = list(blocks(runs, HV, LANES, C, SLOTS))
-        for block, place in zip(listed, fetch.places(listed), strict=True):
+        placed = list(fetch.places(listed))
+        assert [block for block, _ in placed] == listed and len(listed) > 4
+        for block, place in placed:
             for x, found in zip(rows, fetch(place), strict=True):
                 assert torch.equal(found, gather(x, block, shape, HV, torch.float32, None).flatten(0, 1))
 
