@@ -182,7 +182,9 @@ class _Walk:
         if config.compile and len(gradients[0]) and can_compile():
             self.lanes = config.heads
             shape = self.slots, self.lanes, self.chunk
-            self.functions = _compiled(*shape, *self.sizes, self.dtype, torch.get_num_threads())
+            found = _compiled(*shape, *self.sizes, self.dtype, torch.get_num_threads())
+            at_once = {name: x for name, x in vars(found).items() if name != "recomputed"}  # of which blocks are kept
+            self.functions = replace(found, **{name: x.with_memory() for name, x in at_once.items()})
             self.fetch = Fetch(self.tokens[:5], self.tokens[2].shape[1], shape, self.dtype)
 
     def back(self, chain: Sequence[list[Span]]) -> None:

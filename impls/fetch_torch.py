@@ -7,7 +7,7 @@ place in memory, and no stride or length is compiled in.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from impls.activations import l2norm
-from impls.compiler_cpu import compiled
+from impls.compiler_cpu import Compiled, compiled
 from impls.schedule import Span
 from impls.sequences import padded
 
@@ -28,12 +28,14 @@ class Fetch:
     """Bring in blocks [slots * lanes, C, channels'] of some tensors, as `schedule.gather` does without activations.
 
     tensors: q, k, v or g [B * T, H or HV, channels], or beta [B * T, HV]. dtype: of what is brought in, but of tensors
-    at `kept`, which keep theirs. normed: the places of those that `l2norm` divides.
+    at `kept`, which keep theirs. normed: the places of those that `l2norm` divides. once: a call overwrites what the
+    last one returned.
     """
 
     def __init__(
-        self, tensors: Sequence[torch.Tensor], HV: int, shape: tuple[int, int, int], dtype, kept=(), normed=()
-    ):
+        self, tensors: Sequence[torch.Tensor], HV: int, shape: tuple[int, int, int], dtype, kept=(), normed=(),
+        once: bool = False,
+    ):  # fmt: skip
         slots, lanes, C = self.shape = shape
         widths = [padded(x.shape[2]) if x.ndim == 3 else 1 for x in tensors]
         tensors = [_together(x if x.ndim == 3 else x.unsqueeze(-1)) for x in tensors]
@@ -43,7 +45,8 @@ class Fetch:
         self.memory = [*(torch.tensor(x.stride(0)) for x in tensors), *map(_rows, tensors)]
         dtypes = [x.dtype if i in kept else dtype for i, x in enumerate(tensors)]
         kinds = [(x.shape[2], widths[i], x.dtype, dtypes[i]) for i, x in enumerate(tensors)]
-        self.fetched = _compiled(tuple(kinds), normed, slots * lanes, C, torch.get_num_threads())
+        fetched = _compiled(tuple(kinds), normed, slots * lanes, C, torch.get_num_threads())
+        self.fetched = fetched.with_memory() if once else fetched
 
     def places(self, blocks: Iterable[list[Span]]) -> Iterator[tuple[list[Span], tuple[torch.Tensor, ...]]]:
         """Yield every block with what a call takes for it."""
@@ -93,7 +96,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _compiled(
     kinds: tuple[tuple[int, int, torch.dtype, torch.dtype], ...], normed: tuple[int, ...], lanes: int, C: int,
     threads: int,
-) -> Callable:
+) -> Compiled:
     """Return a function of the lanes' numbers of tokens, and the lanes' places [lanes], steps and rows of tensors.
 
     kinds: channels, channels', dtype, and the dtype to return. normed: the places of tensors whose rows are normed.

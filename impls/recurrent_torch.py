@@ -128,7 +128,8 @@ def _compiled_steps(
         shapes = (M, 1, K), (M, 1, K), (M, 1, V), (M, 1, K), (M, 1, 1), (M, 1, V)
         factors = torch.zeros((), dtype=dtype), torch.tensor(False)
         inputs = [*factors, *states, *(torch.zeros(shape, dtype=dtype) for shape in shapes)]
-        steps.append((M, compiled(partial(step_in_two_passes, products), inputs, ROW_TILES if products else None)))
+        take = compiled(partial(step_in_two_passes, products), inputs, ROW_TILES if products else None)
+        steps.append((M, take.in_threads()))
     return tuple(steps)
 
 

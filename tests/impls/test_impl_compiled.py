@@ -1,5 +1,7 @@
 """Compiled blocks and steps: one compilation whatever the call, the claims kept bit for bit, any number of threads."""
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -200,6 +202,72 @@ def test_threads_that_call_first_wait_for_the_compiler(monkeypatch, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: functions[i % 2](x)[0], range(8)))
     assert_same(found, [x * n + n for n in (3, 5)] * 4)
+
+
+def turned_and_squared(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what takes a view of its argument and products of the library."""
+    turned = x.mT.contiguous()
+    return torch.bmm(torch.bmm(x, turned) + 1, x), turned
+
+
+def test_with_memory_a_function_gives_the_same_in_the_same_place():
+    x, y = torch.randn(2, 4, 16, 16).unbind()
+    plain = compiled(turned_and_squared, [x])
+    function = plain.with_memory()
+    first = function(x)
+    places = [found.data_ptr() for found in first]
+    assert_same(first, plain(x))
+    for argument in (y, x):
+        found = function(argument)
+        assert_same(found, plain(argument))
+        assert [found.data_ptr() for found in found] == places
+    another = plain.with_memory()(y)
+    assert_same(function(x), plain(x))
+    assert_same(another, plain(y))
+
+
+def test_the_memory_of_a_function_ends_with_it():
+    x = torch.randn(4, 16, 16)
+    function = compiled(turned_and_squared, [x]).with_memory()
+    held = weakref.ref(function(x)[0])
+    assert held() is not None
+    gc.disable()
+    try:
+        del function
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_a_call_in_the_middle_of_another_has_memory_of_its_own():
+    """As of a signal's handler: here, of what the first call asks for a tensor."""
+    x, y = torch.randn(2, 4, 16, 16).unbind()
+    plain = compiled(turned_and_squared, [x])
+    function, inner = plain.with_memory(), []
+
+    class Interrupted(type(function.kept)):
+        def again(self, *arguments):
+            made = super().again(*arguments)
+            if len(inner) < 3:
+                inner.append(None)
+                inner[-1] = function(y)
+            return made
+
+    function.kept = Interrupted()
+    assert_same(function(x), plain(x))
+    assert len(inner) == 3
+    for found in inner:
+        assert_same(found, plain(y))
+    assert_same(function(y), plain(y))
+
+
+def test_every_thread_has_memory_of_its_own(draw, draw_state):
+    calls = [(draw(1, 1, 40, 40, K, V), draw_state(1, 40, K, V)) for _ in range(4)]
+    expected = [run("recurrent_torch", inputs, initial_state=S0) for inputs, S0 in calls]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda call: run("recurrent_torch", call[0], initial_state=call[1]), 16 * calls))
+    for x, y in zip(found, 16 * expected, strict=True):
+        assert_same(x, y)
 
 
 def test_compiling_leaves_the_threads_of_others_alone():
