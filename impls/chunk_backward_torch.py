@@ -127,6 +127,8 @@ def value_gradients(W, y, residual, delta, L) -> tuple[torch.Tensor, ...]:
     return torch.bmm(W, delta.mT), -W[:, delta.shape[1] :], dbeta
 
 
+OVERWRITING = "advance", "retreat", "value_gradients", "within_gradients"
+"""Whose results are read before the next call; tokens, and what was recomputed, are held for several blocks."""
 _EAGER = _Functions(recomputed, advance, retreat, value_gradients, within_gradients)
 
 
@@ -183,8 +185,7 @@ class _Walk:
             self.lanes = config.heads
             shape = self.slots, self.lanes, self.chunk
             found = _compiled(*shape, *self.sizes, self.dtype, torch.get_num_threads())
-            at_once = {name: x for name, x in vars(found).items() if name != "recomputed"}  # of which blocks are kept
-            self.functions = replace(found, **{name: x.with_memory() for name, x in at_once.items()})
+            self.functions = replace(found, **{name: getattr(found, name).with_memory() for name in OVERWRITING})
             self.fetch = Fetch(self.tokens[:5], self.tokens[2].shape[1], shape, self.dtype)
 
     def back(self, chain: Sequence[list[Span]]) -> None:

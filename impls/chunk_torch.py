@@ -106,7 +106,7 @@ class _Walk:
             shape = self.slots, self.lanes, config.chunk_size
             self.fetched = [i for i in range(len(tokens)) if activations[i] is None]
             rows = [tokens[i] for i in self.fetched]
-            self.fetch = Fetch(rows, o.shape[1], shape, self.dtype, KEPT, NORMED if normed else (), once=True)
+            self.fetch = Fetch(rows, o.shape[1], shape, self.dtype, KEPT, NORMED if normed else (), overwrites=True)
             functions = _compiled(*shape, config.group, K, V, self.dtype, o.dtype, torch.get_num_threads())
             self.within, self.over, self.over_first = (x.with_memory() for x in functions)
             self.o_of_block = o.new_empty((self.slots * self.lanes, config.chunk_size, V))

@@ -80,19 +80,19 @@ class Compiled:
         self.run, self.awaited = run, awaited
 
     def __call__(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-        if self.awaited:
-            self.wait()
+        self.wait()
         return self.run(list(tensors))
 
     def wait(self) -> None:
-        """Wait for the C++ compiler."""
-        with _compiling:
-            for wait in self.awaited:
-                wait()
-            self.awaited.clear()
+        """Wait for the C++ compiler, if it is at work for this function."""
+        if self.awaited:
+            with _compiling:
+                for wait in self.awaited:
+                    wait()
+                self.awaited.clear()
 
     def with_memory(self) -> Callable:
-        """Return the same function with memory of its own: what a call returns lies there until the next call.
+        """Return the same function for one owner: what a call returns lies in memory that the next call overwrites.
 
         Inductor's code allocates a tensor or takes a view in 0.8 us; of what is done within chunks, 750 us a block,
         those are 70.
@@ -100,7 +100,7 @@ class Compiled:
         return _WithMemory(self)
 
     def in_threads(self) -> Callable:
-        """Return the same function, which returns nothing, with memory of its own in every thread that calls it."""
+        """Return the same function, of those that return nothing, with memory of its own in every thread."""
         here = threading.local()
 
         def call(*tensors):
@@ -108,7 +108,8 @@ class Compiled:
                 run = here.run
             except AttributeError:
                 run = here.run = self.with_memory()
-            return run(*tensors)
+            found = run(*tensors)
+            assert not found, "what is returned would be overwritten"
 
         return call
 
@@ -135,28 +136,31 @@ class _Kept:
     """Hold the tensors that a run of some code made, in order, and where the next run has come to."""
 
     def __init__(self):
-        self.made: list[tuple[torch.Tensor | None, torch.Tensor]] = []
+        self.made: list[torch.Tensor] = []
+        self.own: set[int] = set()
         self.at = 0
 
-    def again(self, of: torch.Tensor | None, make: Callable, *arguments) -> torch.Tensor:
-        """Return what came here in the last run; made anew where it was a view of another tensor than `of`."""
-        made, at = self.made, self.at
+    def again(self, make: Callable, *arguments) -> torch.Tensor:
+        """Return what came here in the last run."""
+        at = self.at
         self.at = at + 1
-        if at == len(made) or made[at][0] is not of:
+        if at == len(self.made):
             with torch.inference_mode(False):  # what is made in it may not be modified outside
-                made[at : at + 1] = [(of, make(*arguments))]
-        return made[at][1]
+                self.made.append(make(*arguments))
+            self.own.add(id(self.made[at]))
+        return self.made[at]
 
 
 def _rebound(run: Callable, kept: _Kept) -> Callable:
-    """Return Inductor's code with `kept` in the place of what it allocates and views tensors by."""
+    """Return Inductor's code with `kept` in the place of what it allocates by, and views what it allocated by."""
     function = getattr(run, "__func__", run)
     names = function.__globals__
     empty, view = names["empty_strided_cpu"], names["reinterpret_tensor"]
-    names = names | {
-        "empty_strided_cpu": lambda *like: kept.again(None, empty, *like),
-        "reinterpret_tensor": lambda x, *rest: kept.again(x, view, x, *rest),
-    }
+
+    def viewed(x, *rest):  # arguments may come with other memory the next time
+        return kept.again(view, x, *rest) if id(x) in kept.own else view(x, *rest)
+
+    names = names | {"empty_strided_cpu": lambda *like: kept.again(empty, *like), "reinterpret_tensor": viewed}
     again = types.FunctionType(function.__code__, names)
     return again if function is run else types.MethodType(again, run.__self__)
 

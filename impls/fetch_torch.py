@@ -28,13 +28,13 @@ class Fetch:
     """Bring in blocks [slots * lanes, C, channels'] of some tensors, as `schedule.gather` does without activations.
 
     tensors: q, k, v or g [B * T, H or HV, channels], or beta [B * T, HV]. dtype: of what is brought in, but of tensors
-    at `kept`, which keep theirs. normed: the places of those that `l2norm` divides. once: a call overwrites what the
-    last one returned.
+    at `kept`, which keep theirs. normed: the places of those that `l2norm` divides. overwrites: a call overwrites what
+    the last one returned.
     """
 
     def __init__(
         self, tensors: Sequence[torch.Tensor], HV: int, shape: tuple[int, int, int], dtype, kept=(), normed=(),
-        once: bool = False,
+        overwrites: bool = False,
     ):  # fmt: skip
         slots, lanes, C = self.shape = shape
         widths = [padded(x.shape[2]) if x.ndim == 3 else 1 for x in tensors]
@@ -46,7 +46,7 @@ class Fetch:
         dtypes = [x.dtype if i in kept else dtype for i, x in enumerate(tensors)]
         kinds = [(x.shape[2], widths[i], x.dtype, dtypes[i]) for i, x in enumerate(tensors)]
         fetched = _compiled(tuple(kinds), normed, slots * lanes, C, torch.get_num_threads())
-        self.fetched = fetched.with_memory() if once else fetched
+        self.fetched = fetched.with_memory() if overwrites else fetched
 
     def places(self, blocks: Iterable[list[Span]]) -> Iterator[tuple[list[Span], tuple[torch.Tensor, ...]]]:
         """Yield every block with what a call takes for it."""

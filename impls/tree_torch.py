@@ -100,7 +100,8 @@ def merged(before, after, total, s: int) -> tuple[torch.Tensor, torch.Tensor, to
 def group_inverse(L: torch.Tensor) -> torch.Tensor:
     """Return (I + L)^-1 of strictly lower L [M, G, G]: X_i = e_i - sum_(j < i) L_ij X_j, one row after the other.
 
-    Row by row no zero above the diagonal is multiplied: compiled 15 us for 256 groups of 8 tokens, column by column 42.
+    What is not finite in a row passes to rows behind it. Row by row no zero above the diagonal is multiplied: compiled,
+    15 us for 256 groups of 8 tokens, column by column 42; uncompiled 220 for both, and 190 instead of 120 for 64.
     """
     M, G, _ = L.shape
     units = torch.eye(G, dtype=L.dtype, device=L.device).unbind()

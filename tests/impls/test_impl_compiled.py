@@ -13,12 +13,13 @@ from impls import (
     RecurrentTorchConfig,
     chunk_backward_torch,
     chunk_torch,
+    compiler_cpu,
     fetch_torch,
     kda,
     recurrent_torch,
 )
 from impls.choice import chunk_torch_launch, recurrent_torch_launch
-from impls.compiler_cpu import compiled
+from impls.compiler_cpu import Compiled, compiled
 
 K, V = 16, 32
 COMPILED = {
@@ -261,13 +262,46 @@ def test_a_call_in_the_middle_of_another_has_memory_of_its_own():
     assert_same(function(y), plain(y))
 
 
-def test_every_thread_has_memory_of_its_own(draw, draw_state):
-    calls = [(draw(1, 1, 40, 40, K, V), draw_state(1, 40, K, V)) for _ in range(4)]
-    expected = [run("recurrent_torch", inputs, initial_state=S0) for inputs, S0 in calls]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda call: run("recurrent_torch", call[0], initial_state=call[1]), 16 * calls))
-    for x, y in zip(found, 16 * expected, strict=True):
-        assert_same(x, y)
+def test_with_memory_an_argument_may_come_with_other_memory():
+    x, y, other = torch.randn(3, 4, 16, 16).unbind()
+    plain = compiled(lambda x, y: (torch.bmm(x.mT, y),), [x, y])
+    function = plain.with_memory()
+    assert_same(function(x, y), plain(x, y))
+    x.data = other
+    assert_same(function(x, y), plain(other, y))
+
+
+def test_every_thread_has_memory_of_its_own(monkeypatch):
+    x, out, made = torch.linspace(-1, 1, 64), torch.empty(64), []
+    function = compiled(lambda x, out: [out.copy_(2 * x), None][1], [x, out]).in_threads()
+    with_memory = Compiled.with_memory
+    monkeypatch.setattr(Compiled, "with_memory", lambda self: made.append(with_memory(self)) or made[-1])
+    for threads in (1, 2):
+        with ThreadPoolExecutor(1) as thread:
+            for _ in range(2):
+                thread.submit(function, x, out.zero_()).result()
+                assert torch.equal(out, 2 * x)
+        assert len(made) == threads
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_compiled_waits_for_no_other_compilation(draw, draw_state, name):
+    inputs, S0 = draw(1, 1, 2, 2, K, V), draw_state(1, 2, K, V)
+    expected = run(name, inputs, initial_state=S0)
+    with compiler_cpu._compiling, ThreadPoolExecutor(1) as another:  # as who compiles holds it
+        found = another.submit(run, name, inputs, initial_state=S0)
+        try:
+            assert_same(found.result(60), expected)
+        except TimeoutError:
+            compiler_cpu._compiling.release()  # or the other thread would never end
+            raise
+
+
+def test_the_parts_of_slots_are_taken_once(draw, monkeypatch):
+    taken, split = [], chunk_torch._Walk.split
+    monkeypatch.setattr(chunk_torch._Walk, "split", lambda *them: taken.append(split(*them)) or taken[-1])
+    run("chunk_torch", draw(1, 200, 2, 2, K, V))
+    assert len(taken) > 3 and all(x is taken[0] for x in taken)
 
 
 def test_compiling_leaves_the_threads_of_others_alone():
