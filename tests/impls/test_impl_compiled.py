@@ -205,6 +205,11 @@ def test_threads_that_call_first_wait_for_the_compiler(monkeypatch, tmp_path):
     assert_same(found, [x * n + n for n in (3, 5)] * 4)
 
 
+def matrices(n: int) -> tuple[torch.Tensor, ...]:
+    """Return n batches of four matrices."""
+    return torch.randn(n, 4, 16, 16, generator=torch.Generator().manual_seed(n)).unbind()
+
+
 def turned_and_squared(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return what takes a view of its argument and products of the library."""
     turned = x.mT.contiguous()
@@ -212,7 +217,7 @@ def turned_and_squared(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def test_with_memory_a_function_gives_the_same_in_the_same_place():
-    x, y = torch.randn(2, 4, 16, 16).unbind()
+    x, y = matrices(2)
     plain = compiled(turned_and_squared, [x])
     function = plain.with_memory()
     first = function(x)
@@ -228,7 +233,7 @@ def test_with_memory_a_function_gives_the_same_in_the_same_place():
 
 
 def test_the_memory_of_a_function_ends_with_it():
-    x = torch.randn(4, 16, 16)
+    [x] = matrices(1)
     function = compiled(turned_and_squared, [x]).with_memory()
     held = weakref.ref(function(x)[0])
     assert held() is not None
@@ -242,7 +247,7 @@ def test_the_memory_of_a_function_ends_with_it():
 
 def test_a_call_in_the_middle_of_another_has_memory_of_its_own():
     """As of a signal's handler: here, of what the first call asks for a tensor."""
-    x, y = torch.randn(2, 4, 16, 16).unbind()
+    x, y = matrices(2)
     plain = compiled(turned_and_squared, [x])
     function, inner = plain.with_memory(), []
 
@@ -263,7 +268,7 @@ def test_a_call_in_the_middle_of_another_has_memory_of_its_own():
 
 
 def test_with_memory_an_argument_may_come_with_other_memory():
-    x, y, other = torch.randn(3, 4, 16, 16).unbind()
+    x, y, other = matrices(3)
     plain = compiled(lambda x, y: (torch.bmm(x.mT, y),), [x, y])
     function = plain.with_memory()
     assert_same(function(x, y), plain(x, y))
