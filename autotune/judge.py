@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -139,13 +140,32 @@ def shortfall(counts: dict[str, int], demands: Demands, backward: bool) -> str |
 
 def _run(command: list[str], box: Box, output: int | None = None) -> None:
     # A session of its own: Ctrl-C reaches it once, from here, and not a second time while it is ending its workers.
-    process = subprocess.Popen(command, start_new_session=True, stdout=output)
+    process = None
     try:
+        with _held_back():  # within Popen it would leave verify running, with nobody to end it
+            process = subprocess.Popen(command, start_new_session=True, stdout=output)
         process.wait(timeout=box.left if box.left < math.inf else None)
     except subprocess.TimeoutExpired:
         raise BoxOver from None
     finally:
-        _end(process)
+        if process:
+            _end(process)
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """Let Ctrl-C wait until the block has ended. It comes to the main thread only, and to Python's handlers only."""
+    answer, pressed = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(answer):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *what: pressed.append(what))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, answer)
+        if pressed:
+            answer(*pressed[0])
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -334,6 +334,21 @@ def test_a_verify_that_outlasts_the_box_is_interrupted_so_that_it_ends_its_worke
     assert process.signals == [signal.SIGINT]
 
 
+def test_an_interrupt_while_verify_is_being_started_ends_it(monkeypatch):
+    process = Verify(seconds=100)
+
+    def pressed(*rest, **options):
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", pressed)
+    answer = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        judge.verified(["chunk_torch"], "cpu", "quick", Box(50, lambda: 0.0))
+    assert process.signals == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is answer
+
+
 def test_a_verify_that_ends_in_time_is_left_alone_and_without_a_summary_it_crashed(monkeypatch):
     process = Verify(seconds=10)
     monkeypatch.setattr(subprocess, "Popen", lambda *rest, **options: process)
