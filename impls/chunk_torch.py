@@ -19,14 +19,14 @@ from operator import is_
 import torch
 
 from impls.activations import compute_dtype, l2norm_, log_decay, write_strength
-from impls.call import call_activated, call_raw, value_first
+from impls.call import call_activated, call_raw
 from impls.checks import bounds_of, wants_gradient
 from impls.choice import chunk_torch_config, chunk_torch_launch
 from impls.chunk_backward_torch import adjoint
 from impls.compiler_cpu import TILES, Compiled, can_compile, compiled
 from impls.configs import ChunkTorchConfig
 from impls.fetch_torch import Fetch
-from impls.pages import keep_freed_memory, room
+from impls.pages import keep_freed_memory, room, transposed
 from impls.registration import register, register_raw
 from impls.schedule import Activation, Span, blocks, gather, scatter
 from impls.sequences import flat, padded, runs_of
@@ -217,7 +217,7 @@ def _forward_raw(
     packing = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
     tokens, asked = (q, k, v, g, beta), (scale, output_final_state, state_interval, launch)
     o, S, h = _blockwise(tokens, activations, normed, initial_state, packing, *asked)
-    return (o, value_first(S), value_first(h)) if state_v_first else (o, S, h)
+    return (o, transposed(S), transposed(h)) if state_v_first else (o, S, h)
 
 
 op = register("chunk_torch", _forward, adjoint)

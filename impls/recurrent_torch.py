@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from impls import again
 from impls.activations import L2NORM_EPSILON, compute_dtype, l2norm_, log_decay, write_strength
 from impls.adjoint_torch import adjoint
-from impls.call import call_activated, call_raw, checked, value_first
+from impls.call import call_activated, call_raw, checked
 from impls.checks import bounds_of, wants_gradient
 from impls.choice import recurrent_torch_config, recurrent_torch_launch
 from impls.compiler_cpu import ROW_TILES, can_compile, compiled, vectors
 from impls.configs import RecurrentTorchConfig
-from impls.pages import like, room
+from impls.pages import like, room, transposed
 from impls.registration import in_full_precision, register, register_raw, unobserved
 from impls.sequences import CHANNEL_MULTIPLE, Runs, by_token, flat, runs_of, scatter
 from impls.states import States
@@ -283,7 +283,7 @@ def _forward_raw(
     packing = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
     asked = (scale, output_final_state, state_interval, launch)
     o, S, h = _stepwise((q, k, v, g, beta), normed, initial_state, packing, *asked)
-    return (o, value_first(S), value_first(h)) if state_v_first else (o, S, h)
+    return (o, transposed(S), transposed(h)) if state_v_first else (o, S, h)
 
 
 class _OneMore:
@@ -315,7 +315,7 @@ class _OneMore:
         S0, S = initial_state.mT if call.state_v_first else initial_state, room(self.shape, self.dtype, v.device)
         take, decode = step_of(compile, S, call.scale, call.l2norm), _decode if compile else _decode_in_full
         o = decode(S0.flatten(0, 1), S.flatten(0, 1), (q, k, v, g, beta), call.l2norm, call.scale, take)
-        S = value_first(S) if call.state_v_first else S
+        S = transposed(S) if call.state_v_first else S
         return o, S if call.output_final_state else None
 
     def _compiles(self, q, v) -> bool:

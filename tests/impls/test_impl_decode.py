@@ -125,6 +125,18 @@ def test_what_comes_back_may_be_modified_in_place(draw, draw_state, mapped, name
     assert torch.equal(plain, expected) and weight.grad is not None and plain.detach_() is plain
 
 
+@pytest.mark.parametrize("name", ["chunk_torch", "recurrent_torch"])
+def test_states_with_values_first_come_back_in_memory_that_is_kept(draw, draw_state, mapped, name):
+    inputs, S0 = draw(1, 2, 1, 4, 32, 48), draw_state(1, 4, 32, 48)
+    asked = {"implementation": name, "output_final_state": True}
+    _, S = kda(*inputs, initial_state=S0, **asked)
+    _, first = kda(*inputs, initial_state=S0.mT, state_v_first=True, **asked)
+    assert first.is_contiguous() and torch.equal(first, S.mT)
+    there = address(first)
+    del first
+    assert address(drawn_room(S0.numel())) == there
+
+
 def test_memory_that_the_system_does_not_have_is_refused_in_the_words_of_torch():
     with pytest.raises(RuntimeError, match="allocate memory"):
         pages.room((2**50,), torch.float32, torch.device("cpu"))
