@@ -126,7 +126,7 @@ def call_activated(
         q, k, v, g, beta, initial_state, packing, call.scale, call.output_final_state, call.interval, launch
     )
     if call.state_v_first:
-        S, h = value_first(S), value_first(h)
+        S, h = _value_first(S), _value_first(h)
     return _returned(call, o, S, h)
 
 
@@ -143,8 +143,8 @@ def call_raw(
     return _returned(call, o, S, h.to(v.dtype))
 
 
-def value_first(S: torch.Tensor) -> torch.Tensor:
-    """Return states [.., K, V] as [.., V, K]; what was not asked for, and is empty, as it is."""
+def _value_first(S: torch.Tensor) -> torch.Tensor:
+    """Do what `pages.transposed` does for states that have gradients or are traced, as memory of ours may not be."""
     return S.mT.contiguous() if S.ndim > 1 else S
 
 

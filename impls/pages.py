@@ -63,9 +63,9 @@ def like(x: torch.Tensor) -> torch.Tensor:
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:
-    """Return x [.., K, V] as [.., V, K], contiguous, in memory of its own; what has one axis as it is.
+    """Return x [.., K, V] as [.., V, K] in a `room`; what was not asked for, and is empty with one axis, as it is.
 
-    A decode step that returns 33.5 MB of states so takes 22 ms; with fresh memory for them it took 37 to 39.
+    A decode step of sixteen sequences, 33.5 MB of states, took 37 to 39 ms with torch's memory, and takes 22.
     """
     return room(x.mT.shape, x.dtype, x.device).copy_(x.mT) if x.ndim > 1 else x
 

@@ -315,8 +315,9 @@ class _OneMore:
         S0, S = initial_state.mT if call.state_v_first else initial_state, room(self.shape, self.dtype, v.device)
         take, decode = step_of(compile, S, call.scale, call.l2norm), _decode if compile else _decode_in_full
         o = decode(S0.flatten(0, 1), S.flatten(0, 1), (q, k, v, g, beta), call.l2norm, call.scale, take)
-        S = transposed(S) if call.state_v_first else S
-        return o, S if call.output_final_state else None
+        if not call.output_final_state:
+            return o, None
+        return o, transposed(S) if call.state_v_first else S
 
     def _compiles(self, q, v) -> bool:
         if self.config is not None:
