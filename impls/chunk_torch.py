@@ -59,8 +59,12 @@ def over_chunk(A, X, rows, k_after_turned, total, o, v, scale, S) -> None:
 
 
 def over_first_chunk(A, X, rows, k_after_turned, total, o, v, scale, S) -> None:
-    """Do the same where zeros enter, without reading S, rows and total."""
-    delta = torch.bmm(X, v.to(X.dtype))
+    """Do the same where zeros enter, without reading S, total, and of the rows more than the first.
+
+    The decays up to the first token meet nothing but zeros: only what is not a number comes through.
+    """
+    nothing = 0 * rows[:, :1].sum(-1, keepdim=True)
+    delta = torch.bmm(X + nothing, v.to(X.dtype))
     torch.mul(torch.bmm(A, delta), scale, out=o)
     torch.bmm(k_after_turned, delta, out=S)
 

@@ -5,6 +5,7 @@ float32 to bfloat16 truncates (a NaN may become an infinity), integers become pa
 not 0 raises before 3.9.
 
 A comparison is labelled with the type of what it compares, not as truth values: a scalar one cannot mask in 3.9.0.
+`tl.minimum`, `tl.maximum` and `tl.clamp` keep a NaN, which compiled they drop unless told otherwise (triton #10333).
 
 Mended: an elementwise operation rounds once to nearest even, a product of matrices has exact operands and float32 sums,
 a reduction or scan by a sum, product, minimum or maximum rounds once at its end (compiled code rounds every step).
@@ -121,6 +122,23 @@ def _elementwise(original: Callable, interpreter: ModuleType) -> Callable:
             return handle(result, tl.int1) if result.dtype == bool else handle(narrow(result), tl.bfloat16)
         result = original(self, *operands_and_op)
         return handle(result.data, tl.int1) if result.data.dtype == bool else result
+
+    return mended
+
+
+def _number_wins(operation: Callable) -> Callable:
+    """Mend a minimum or maximum of two: of a number and NaN it is the number, unless NaN is asked for."""
+    return lambda original, interpreter: lambda self, x, y: self.binary_op(x, y, operation)
+
+
+def _clamp(original: Callable, interpreter: ModuleType) -> Callable:
+    """Mend a clamp in the same way: of NaN it is the lower limit."""
+    ignored = interpreter.tl.PropagateNan.NONE
+
+    def mended(self, x, low, high, propagate):
+        if propagate != ignored:
+            return original(self, x, low, high, propagate)
+        return self.create_minnumf(self.create_maxnumf(x, low), high)
 
     return mended
 
@@ -295,6 +313,9 @@ _MENDED = {
     "TritonSemantic.broadcast_impl_value": _alike,
     "InterpreterBuilder.binary_op": _elementwise,
     "InterpreterBuilder.unary_op": _elementwise,
+    "InterpreterBuilder.create_minnumf": _number_wins(np.fmin),
+    "InterpreterBuilder.create_maxnumf": _number_wins(np.fmax),
+    "InterpreterBuilder.create_clampf": _clamp,
     "InterpreterBuilder.create_fma": _fma,
     "InterpreterBuilder.create_dot": _dot,
     "InterpreterBuilder.cast_impl": _cast,

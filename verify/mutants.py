@@ -86,6 +86,13 @@ def gates_past_the_row(self, name, x):
 
 
 @instead_of("run")
+def nan_clamped_away(self, tokens, S, C):
+    """triton #1566, #10333: tl.minimum(g, 0) is 0 where g is NaN, so that a broken projection goes unnoticed."""
+    q, k, v, g, beta = tokens
+    return Chunkwise.run(self, (q, k, v, torch.where(torch.isnan(g), 0.0, g), beta), S, C)
+
+
+@instead_of("run")
 def gates_one_token_late(self, tokens, S, C):
     """The planted bug of an off-by-one: token t decays with the gates of token t - 1."""
     q, k, v, g, beta = tokens

@@ -126,6 +126,12 @@ def simulate(case: Case, contract: PrecisionContract, C: int) -> dict[str, np.nd
     return {name: round_to(x.astype(np.float64), dtype_of(case, name)) for name, x in outputs.items()}
 
 
+def outputs(case: Case) -> dict[str, np.ndarray]:
+    """Run the definition alone on a case; o and S in float64."""
+    inner = activated(case)
+    return exact_of(case, inner.inputs(), inner, False)[0]
+
+
 def dtype_of(case: Case, name: str) -> str:
     """Return the dtype of an output or gradient: that of the inputs, the gates or the state."""
     if name in ("S", "dS0", "dA_log", "ddt_bias"):

@@ -102,6 +102,17 @@ def test_a_sequences_bits_depend_on_nothing_but_its_own_past(draw, draw_state, n
 
 @pytest.mark.parametrize("which", [COMPILED, UNCOMPILED], ids=["compiled", "uncompiled"])
 @pytest.mark.parametrize("name", NAMES)
+def test_a_first_gate_that_is_not_a_number_shows_though_it_decays_only_zeros(draw, name, which):
+    inputs = draw(2, 37, 2, 2, K, V)
+    before, _ = run(name, inputs, which)
+    inputs[3][1, 0, 0, 3] = torch.nan
+    o, S = run(name, inputs, which)
+    assert o[1, :, 0].isnan().all() and S[1, 0].isnan().all()
+    assert torch.equal(o[:, :, 1], before[:, :, 1]) and torch.equal(o[0], before[0])
+
+
+@pytest.mark.parametrize("which", [COMPILED, UNCOMPILED], ids=["compiled", "uncompiled"])
+@pytest.mark.parametrize("name", NAMES)
 def test_threads_change_no_number_beyond_rounding(draw, name, which):
     inputs, before, found = draw(2, 70, 3, 3, K, V, resets=True), torch.get_num_threads(), []
     try:

@@ -18,6 +18,7 @@ NAMES = [mutant.name for mutant in MUTANTS]
 
 UNSEEN_BY_THE_REFERENCE = {
     "gates_assumed_contiguous": {"layouts"},
+    "nan_clamped_away": {"nan_shows"},
     "final_state_aliases_initial": {"purity"},
     "values_destroyed": {"purity"},
     "one_scale_for_the_batch": {"neighbours", "nan_stays", "value_independence", "causality"},
@@ -41,6 +42,7 @@ CLASSES = {
     "head offset": "gates_of_head_zero",
     "stride-blindness": "gates_assumed_contiguous",
     "unmasked channel tail": "gates_past_the_row",
+    "NaN hidden by a clamp": "nan_clamped_away",
     "state of an empty sequence": "empty_sequence_uninitialised",
     "state layout swapped": "state_read_transposed",
     "state in bfloat16": "state_in_bfloat16",

@@ -47,6 +47,17 @@ def test_an_operation_on_bfloat16_is_rounded_once(name, expected):
     assert torch.equal(kernels.elementwise(name, x, y), expected(x, y))
 
 
+DROPPED = {"maximum": torch.fmax, "clamp": lambda x, y: x.nan_to_num(-0.5).clamp(-0.5, 0.5)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("name, expected", DROPPED.items(), ids=DROPPED)
+def test_a_nan_loses_to_a_number_as_in_compiled_code(name, expected, dtype):
+    x, y = drawn(1, kernels.SIZE, dtype=dtype), drawn(2, kernels.SIZE, dtype=dtype)
+    x[:2], y[1:3] = torch.nan, torch.nan
+    torch.testing.assert_close(kernels.elementwise(name, x, y), expected(x, y), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("stored", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("operand", [BF16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("add", [False, True], ids=["alone", "onto an accumulator"])

@@ -42,6 +42,7 @@ PROPERTIES: tuple[Property, ...] = (
     isolation.causality,
     isolation.neighbours,
     isolation.nan_stays,
+    isolation.nan_shows,
     isolation.batch_permutation,
     isolation.head_permutation,
     isolation.repeated_heads,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from verify import yardstick
 from verify.cases import Case
 from verify.claims import claim, condition, every, gradients, more, takes, tokens, unpacked
 from verify.families import materialise
@@ -101,6 +102,37 @@ def nan_stays(trial: Trial) -> Iterable[Measure]:
     #792).
     """
     yield from _mine_unchanged(trial, "nan")
+
+
+def _with_a_nan(trial: Trial) -> tuple[Case, str]:
+    """Put one NaN into an input, every second time at a sequence's first token; return what it is in words, too."""
+    case, dice = trial.case, trial.dice("nan")
+    names = STREAMS if case.S0 is None else (*STREAMS, "S0")
+    name = names[dice.integer(0, len(names))]
+    x = getattr(case, name).copy()
+    at = [dice.integer(0, size) for size in x.shape]
+    if name != "S0" and dice.integer(0, 2):
+        runs = [(batch, tokens.start) for batch, tokens in case.sequences() if tokens.stop > tokens.start]
+        at[:2] = runs[dice.integer(0, len(runs))]
+    x[tuple(at)] = np.nan
+    return case.but(**{name: x}), f"{name}{at}"
+
+
+@claim("bound", tokens)
+def nan_shows(trial: Trial) -> Iterable[Measure]:
+    """One NaN among the inputs is NaN in o and S_T wherever the definition makes it so: no number hides it.
+
+    Would have caught: triton #1566 and #10333 (tl.minimum and tl.maximum return the number where the other operand is
+    NaN, so a clamp makes a gate of a NaN), chunk_torch's first chunk from zeros, which read no decay that meets them.
+    """
+    case, where = _with_a_nan(trial)
+    with np.errstate(invalid="ignore"):
+        exact = yardstick.outputs(case)
+    got = trial.run(case).numbers()
+    for name, x in exact.items():
+        missing = np.isnan(x) & ~np.isnan(got[name])
+        first = f"element {tuple(int(i) for i in np.argwhere(missing)[0])}" if missing.any() else ""
+        yield Measure(f"numbers in {name} for a NaN in {where}", float(missing.sum()), 0, int(np.isnan(x).sum()), first)
 
 
 @claim("bitwise", every(unpacked, more("B")))
