@@ -62,7 +62,9 @@ def checked(path: Path, problem: Callable[[dict], str | None], digest: Callable[
     """Read a failure record that fits its schema and `problem`, and whose recipe makes the inputs that it names."""
     try:
         failure = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ValueError(f"--replay {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--replay {path}: not a failure file: {error}") from error
     if found := _misfit(failure) or problem(failure):
         raise ValueError(f"--replay {path}: {found}")

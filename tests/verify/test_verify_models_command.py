@@ -137,7 +137,7 @@ def test_a_file_from_anybody_is_checked_before_anything_runs(change, message, fa
         (("kimi_linear", "--max-examples", "0"), "--max-examples must be at least 1, got 0"),
         (("kimi_linear", "--property", "causality"), "unknown property causality; a model has prefill, decode"),
         (("kimi_linear", "--explain", "causality"), "unknown property causality; a model has prefill, decode"),
-        (("kimi_linear", "--replay", "nowhere.json"), "--replay nowhere.json: not a failure file"),
+        (("kimi_linear", "--replay", "nowhere.json"), "--replay nowhere.json: No such file or directory"),
     ],
 )
 def test_exit_code_2_says_what_was_expected(arguments, message, capsys):
