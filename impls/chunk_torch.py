@@ -63,7 +63,7 @@ def over_first_chunk(A, X, rows, k_after_turned, total, o, v, scale, S) -> None:
 
     The decays up to the first token meet nothing but zeros: only what is not a number comes through.
     """
-    nothing = 0 * rows[:, :1].sum(-1, keepdim=True)
+    nothing = (0 * rows[:, :1]).sum(-1, keepdim=True)
     delta = torch.bmm(X + nothing, v.to(X.dtype))
     torch.mul(torch.bmm(A, delta), scale, out=o)
     torch.bmm(k_after_turned, delta, out=S)

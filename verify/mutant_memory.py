@@ -71,6 +71,36 @@ def state_of_the_last_call(self, initial_state, k, v, count, state_v_first, kept
     return before if before is not None and before.shape == S.shape and before.dtype == S.dtype else S
 
 
+@instead_of("final")
+def final_state_aliases_initial(self, S, initial_state):
+    """onnxruntime #32166: the final state is written over the initial one and handed out."""
+    if initial_state is None or initial_state.requires_grad:
+        return S
+    return initial_state.copy_(S)
+
+
+@instead_of("load")
+def values_destroyed(self, name, x):
+    """An op that uses its v input as scratch memory (a user's bug report against a KDA kernel)."""
+    loaded = clean.load(name, x).clone()
+    if name == "v":
+        x.detach().mul_(0.5)
+    return loaded
+
+
+_allocate = torch.empty  # as a kernel's launcher does: under a name that nobody can replace from outside
+FRESH_BYTES = 33 * 2**20
+"""malloc maps anew what is larger than 32 MiB: zeros, as a device's memory is until somebody has used it."""
+
+
+@instead_of("sequences")
+def unwritten_part_times_zero(self, tokens, S, bounds, C):
+    """FLA #1135, flash-attention's splits: a part of a workspace that is not written is taken times 0, NaN or not."""
+    o, S = Chunkwise.sequences(self, tokens, S, bounds, C)
+    part = _allocate(o.numel() + FRESH_BYTES // o.itemsize, dtype=o.dtype, device=o.device)[: o.numel()]
+    return o + 0.0 * part.view(o.shape), S
+
+
 @instead_of("wanted")
 def state_unasked(self, output_final_state):
     """A state that is written and handed out although output_final_state is False, as forks of FLA for serving do."""
