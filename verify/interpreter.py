@@ -132,7 +132,7 @@ def _number_wins(operation: Callable) -> Callable:
 
 
 def _clamp(original: Callable, interpreter: ModuleType) -> Callable:
-    """Mend a clamp in the same way: of NaN it is the lower limit."""
+    """Mend a clamp in the same way: of NaN it is the lower limit (of NaN and -L, L compiled code may make L)."""
     ignored = interpreter.tl.PropagateNan.NONE
 
     def mended(self, x, low, high, propagate):

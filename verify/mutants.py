@@ -87,7 +87,7 @@ def gates_past_the_row(self, name, x):
 
 @instead_of("run")
 def nan_clamped_away(self, tokens, S, C):
-    """triton #1566, #10333: tl.minimum(g, 0) is 0 where g is NaN, so that a broken projection goes unnoticed."""
+    """triton #1566: tl.minimum(g, 0) is 0 where g is NaN, so that a broken projection goes unnoticed."""
     q, k, v, g, beta = tokens
     return Chunkwise.run(self, (q, k, v, torch.where(torch.isnan(g), 0.0, g), beta), S, C)
 

@@ -84,6 +84,12 @@ class Result:
     S: torch.Tensor | None
     grads: dict[str, torch.Tensor]
 
+    def check_shapes(self, case: Case) -> None:
+        """Raise Malformed where o or S is not of the size of its case: a property may index what it is given."""
+        for name, x, shape in (("o", self.o, case.v.shape), ("S", self.S, (case.N, case.HV, case.K, case.V))):
+            if x is not None and x.shape != shape:
+                raise Malformed(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Name every tensor: o, S and the gradients."""
         state = {} if self.S is None else {"S": self.S}

@@ -111,7 +111,9 @@ class Trial:
         """Call the target on a case, and count it and its work."""
         self.count(case, BACKWARD if how.get("backward") else 1)
         with blame(), WATCH.on("target"):
-            return call(self.target, case, **how)
+            result = call(self.target, case, **how)
+            result.check_shapes(case)
+            return result
 
     def count(self, case: Case, times: int = 1) -> None:
         """Count a call on a case, and its work, so many times that of a forward."""

@@ -128,8 +128,9 @@ def simulate(case: Case, contract: PrecisionContract, C: int) -> dict[str, np.nd
 
 def outputs(case: Case) -> dict[str, np.ndarray]:
     """Run the definition alone on a case; o and S in float64."""
-    inner = activated(case)
-    return exact_of(case, inner.inputs(), inner, False)[0]
+    with WATCH.on("definition"):
+        inner = activated(case)
+        return exact_of(case, inner.inputs(), inner, False)[0]
 
 
 def dtype_of(case: Case, name: str) -> str:

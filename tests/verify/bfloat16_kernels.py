@@ -30,7 +30,7 @@ def _binary(x_ptr, y_ptr, out_ptr, OP: tl.constexpr, N: tl.constexpr):
     elif OP == "maximum":
         z = tl.maximum(x, y)
     elif OP == "clamp":
-        z = tl.clamp(x, -0.5, 0.5)
+        z = tl.clamp(x, -0.5, 0.25)
     elif OP == "equal":
         z = (x == x).to(tl.bfloat16)
     elif OP == "fma":

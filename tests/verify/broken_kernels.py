@@ -72,6 +72,12 @@ def raises_on_three_tokens(q, k, v, g, beta, **keywords):
     return float64_copy(q, k, v, g, beta, **keywords)
 
 
+def loses_a_row_of_three(q, k, v, g, beta, **keywords):
+    """Of a multiple of three tokens the last has no output."""
+    o, S = float64_copy(q, k, v, g, beta, **keywords)
+    return o[:, : -1 if q.shape[1] % 3 == 0 else None], S
+
+
 def aborts(q, k, v, g, beta, **keywords):
     """The process dies, as after an illegal memory access, and leaves a process of its own behind."""
     subprocess.Popen(["sleep", LEFT_BEHIND])

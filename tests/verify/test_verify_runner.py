@@ -29,6 +29,8 @@ SMALLEST = [
     ("wrong_from_sixth", "reference_forward", Recipe(T=6)),
     ("wrong_second_column", "reference_forward", Recipe(T=1, V=2)),
     ("raises_on_three_tokens", "reference_forward", Recipe(T=3)),
+    ("loses_a_row_of_three", "null_token", Recipe(T=2)),
+    ("loses_a_row_of_three", "nan_shows", Recipe(T=3)),
     ("nan_at_minus_infinity", "reference_forward@-inf", Recipe(T=1, gates="resets_inf")),
     ("returns_o_only", "reference_forward", Recipe(T=1)),
     ("state_forgotten", "reference_forward", Recipe(T=1)),

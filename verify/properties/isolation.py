@@ -120,19 +120,19 @@ def _with_a_nan(trial: Trial) -> tuple[Case, str]:
 
 @claim("bound", tokens)
 def nan_shows(trial: Trial) -> Iterable[Measure]:
-    """One NaN among the inputs is NaN in o and S_T wherever the definition makes it so: no number hides it.
+    """One NaN in q, k, v, g, beta or S0 is NaN in o and S_T wherever the definition makes it so: no number hides it.
 
-    Would have caught: triton #1566 and #10333 (tl.minimum and tl.maximum return the number where the other operand is
-    NaN, so a clamp makes a gate of a NaN), chunk_torch's first chunk from zeros, which read no decay that meets them.
+    Would have caught: a gate of NaN that is clamped into a number, as compiled tl.minimum and tl.maximum do (triton
+    #10333), and chunk_torch's first chunk from zeros, which read no decay that meets them.
     """
     case, where = _with_a_nan(trial)
     with np.errstate(invalid="ignore"):
         exact = yardstick.outputs(case)
-    got = trial.run(case).numbers()
-    for name, x in exact.items():
-        missing = np.isnan(x) & ~np.isnan(got[name])
-        first = f"element {tuple(int(i) for i in np.argwhere(missing)[0])}" if missing.any() else ""
-        yield Measure(f"numbers in {name} for a NaN in {where}", float(missing.sum()), 0, int(np.isnan(x).sum()), first)
+    for name, got in trial.run(case).numbers().items():
+        numbers = np.isnan(exact[name]) & ~np.isnan(got)
+        first = f"element {tuple(int(i) for i in np.argwhere(numbers)[0])}" if numbers.any() else ""
+        count = int(np.isnan(exact[name]).sum())
+        yield Measure(f"numbers in {name} for a NaN in {where}", float(numbers.sum()), 0, count, first)
 
 
 @claim("bitwise", every(unpacked, more("B")))
