@@ -224,7 +224,9 @@ def test_one_infinity_fails(value):
     ],
 )
 def test_a_wrong_shape_fails_even_where_it_would_broadcast(change):
-    assert ratio(judged_as(change), SMALL) == np.inf
+    (measure,) = check(CLAIMS["reference_forward"], Trial(judged_as(change), SMALL))
+    assert measure.ratio == np.inf
+    assert "must have shape" in measure.what
 
 
 @pytest.mark.parametrize("returned", [None, 3, "o", [1, 2], (1, 2, 3)])
