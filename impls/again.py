@@ -39,7 +39,7 @@ _plans: dict[tuple, list[tuple[TensorGuards, Plan]]] = {}
 
 def options(keywords: dict[str, object]) -> tuple | None:
     """Return what some keywords of `impls.kda` say of NUMBERS and FLAGS; None where they ask for more than NAMED."""
-    for name in keywords.keys() - _KNOWN:
+    for name in set(keywords) - _KNOWN:
         if keywords[name] is not None and not (keywords[name] is False and name in _HINTS):
             return None
     return *map((_NONE | keywords).get, _NONE),

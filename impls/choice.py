@@ -1,7 +1,7 @@
 """Settle the configuration of one call: the caller's, checked, else what is tuned, else the default."""
 
 import os
-from dataclasses import astuple, replace
+from dataclasses import fields, replace
 from functools import lru_cache
 
 import torch
@@ -151,7 +151,7 @@ def _compilable(config, device: str):
 
 
 def _numbers(config) -> tuple[int, ...]:
-    return tuple(int(x) for x in astuple(config))
+    return tuple(int(getattr(config, x.name)) for x in fields(config))
 
 
 def _accepted(config, kind: type, name: str, chunk_size: int | None = None):

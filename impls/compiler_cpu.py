@@ -49,6 +49,29 @@ def can_compile() -> bool:
     return True
 
 
+@functools.cache
+def _keep_stand_in() -> None:
+    """Have torch keep what stands for the CUDA devices that a build for CUDA does not find on this machine.
+
+    It belongs to the thread that traced first, and dies with it: in torch 2.11 the next one to trace then crashes.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    traced = threading.Event()
+
+    def stay():
+        try:
+            with FakeTensorMode():
+                pass
+        finally:
+            traced.set()
+        threading.Event().wait()
+
+    if torch.backends.cuda.is_built() and not torch.cuda.is_available():
+        threading.Thread(target=stay, daemon=True).start()
+        traced.wait()
+
+
 def _in_a_thread(function: Callable) -> Callable:
     """Return a function that runs alone, in a thread of its own, with as many of torch's threads as the caller has.
 
@@ -58,6 +81,7 @@ def _in_a_thread(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*arguments, **keywords):
+        _keep_stand_in()
         context, threads, found = contextvars.copy_context(), torch.get_num_threads(), Future()
 
         def work():

@@ -244,7 +244,7 @@ def kda(
     config without a name and for inputs that nothing supports, with every reason, and what the implementation raises:
     there is no fallback from the one that was named.
     """
-    if unknown := keywords.keys() - KEYWORDS:
+    if unknown := set(keywords) - KEYWORDS:
         raise TypeError(f"kda() got an unexpected keyword argument {min(unknown)!r}")
     if implementation == "recurrent_torch" or implementation is None and config is None:
         tensors = q, k, v, g, beta, *map(keywords.get, again.NAMED)

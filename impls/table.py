@@ -20,6 +20,9 @@ from impls.configs import (
 )
 from impls.contracts import BITWISE_CLAIMS, PrecisionContract, at_least_float32, narrow_operands
 
+HAS_TRITON = find_spec("triton") is not None
+"""Looked up here: torch 2.11 traces calls of `Impl.supports`, and nothing that looks for a module."""
+
 
 @dataclass(frozen=True)
 class Impl:
@@ -78,7 +81,7 @@ class Impl:
         if device.split(":")[0] not in self.devices:
             where = f"{self.name} runs on {', '.join(self.devices)}, not on {device}"
             return where + INTERPRET_HINT if device == "cpu" and "interpret" in self.devices else where
-        if "triton" in self.name and find_spec("triton") is None:
+        if "triton" in self.name and not HAS_TRITON:
             return f"{self.name} needs triton, which is not installed"
         if dtype not in self.dtypes:
             return f"{self.name} takes {', '.join(self.dtypes)}, not {dtype}"

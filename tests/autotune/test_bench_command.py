@@ -65,7 +65,7 @@ def test_a_real_run_leaves_a_file_that_says_everything(real):
         )
         assert all(x["errors"]["launched"]["o"] < 1e-4 for x in case["implementations"])
         assert len(case["ratios"]) == 2
-    assert data["identity"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(data["identity"]["versions"]["torch"])
     assert data["running"] is None and data["deaths"] == []
 
 

@@ -48,7 +48,7 @@ def test_a_device_has_a_name_for_files(name, expected):
 
 def test_versions_name_what_is_missing_too():
     found = provenance.versions()
-    assert found["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["torch"])  # a build for CUDA says so in one of them only
     assert {"python", "triton", "fla-core", "flash_kda"} <= found.keys()
 
 
